@@ -1,0 +1,238 @@
+"""The contract of every family: an autoencoder that is an ordinary diffusers model.
+
+A family defines ``encoder`` and ``decoder`` modules and a few properties; this class gives it diffusers' own loading
+and saving, the output type and the configuration keys that stock pipelines read, slicing and tiling.
+"""
+
+import inspect
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, FrozenDict
+from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, IdentityDistribution
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import Tensor
+
+from latentae.errors import RequestError
+from latentae.nn.tiling import run_in_tiles
+from latentae.version import __version__
+
+
+@dataclass
+class EncoderOutput(BaseOutput):
+    """What ``encode`` returns: the posterior under the three names by which stock pipelines ask for latents.
+
+    ``latent_dist`` has ``sample(generator)`` and ``mode()``; ``latent`` and ``latents`` are the mode, (B, C, h, w).
+    """
+
+    latent_dist: Any
+
+    @property
+    def latent(self) -> Tensor:
+        return self.latent_dist.mode()
+
+    @property
+    def latents(self) -> Tensor:
+        return self.latent_dist.mode()
+
+
+class Autoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
+    """Base of all families.
+
+    A subclass registers its arguments with ``@register_to_config``, sets ``self.encoder`` (pixels to moments) and
+    ``self.decoder`` (latents to pixels), and defines ``spatial_compression_ratio`` and ``latent_channels``.
+
+    Exact tiling asks of both halves the methods ``local`` (finite receptive field, zero padding) and ``deep`` (the
+    rest), ``local_ratio`` (the scale between pixels and the features between them) and ``local_halo`` (the receptive
+    radius of ``local`` in pixels, a multiple of ``local_ratio``).
+    """
+
+    _supports_gradient_checkpointing = True
+    _group_offload_block_modules = ["encoder", "decoder"]
+
+    encoder: Any
+    decoder: Any
+    temporal_compression_ratio = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_to_config(_latentae_version=__version__)
+        self.use_slicing = False
+        self.use_tiling = False
+        self.tile_sample_min_height = 1024
+        self.tile_sample_min_width = 1024
+
+    @property
+    def spatial_compression_ratio(self) -> int:
+        """Pixels per latent along height and width."""
+        raise NotImplementedError
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents that ``decode`` takes."""
+        return self._internal_dict["latent_channels"]
+
+    def latent_shape(self, pixel_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the latents of pixels of shape (B, 3, H, W); sizes round up, as the codec pads them."""
+        batch, _, height, width = pixel_shape
+        ratio = self.spatial_compression_ratio
+        return batch, self.latent_channels, -(-height // ratio), -(-width // ratio)
+
+    @property
+    def config(self) -> FrozenDict:
+        """The arguments of ``__init__`` and, derived from them, every key that stock pipelines read.
+
+        ``save_pretrained`` writes the former only.
+        """
+        return FrozenDict({**self._internal_dict, **self._derived_config()})
+
+    def _derived_config(self) -> dict[str, Any]:
+        ratio, channels = self.spatial_compression_ratio, self.latent_channels
+        stages = int(math.log2(ratio)) + 1  # pipelines compute the ratio as 2 ** (len(block_out_channels) - 1)
+        derived = {
+            "block_out_channels": (0,) * stages,
+            "encoder_block_out_channels": (0,) * stages,
+            "in_channels": 3,
+            "out_channels": 3,
+            "latent_channels": channels,
+            "z_dim": channels,
+            "scaling_factor": 1.0,
+            "shift_factor": 0.0,
+            "latents_mean": None,
+            "latents_std": None,
+            "force_upcast": False,
+            "timestep_conditioning": False,
+            "spatial_compression_ratio": ratio,
+            "temporal_compression_ratio": self.temporal_compression_ratio,
+            "scale_factor_spatial": ratio,
+            "scale_factor_temporal": self.temporal_compression_ratio,
+        }
+        return {key: value for key, value in derived.items() if key not in self._init_arguments()}
+
+    @classmethod
+    def _init_arguments(cls) -> set[str]:
+        return set(inspect.signature(cls.__init__).parameters) - {"self"}
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Take from a configuration what ``__init__`` knows: derived keys of ``config`` never reach a saved file."""
+        known = cls._init_arguments()
+        return super().extract_init_dict(
+            {key: value for key, value in config_dict.items() if key in known or key.startswith("_")}, **kwargs
+        )
+
+    def posterior(self, moments: Tensor) -> Any:
+        """The distribution that the encoder's output stands for; a point for deterministic families."""
+        return IdentityDistribution(moments)
+
+    @apply_forward_hook
+    def encode(self, x: Tensor, return_dict: bool = True) -> EncoderOutput | tuple[Any]:
+        """Pixels (B, 3, H, W) in [-1, 1] to the posterior of their latents (B, C, H/f, W/f).
+
+        Raises:
+            RequestError: height or width is not a multiple of the compression ratio (`LatentCodec` pads).
+        """
+        ratio = self.spatial_compression_ratio
+        if x.ndim != 4 or x.shape[1] != 3 or x.shape[2] % ratio or x.shape[3] % ratio or 0 in x.shape:
+            raise RequestError(
+                f"encode got pixels of shape {tuple(x.shape)}; expected (B, 3, H, W) with H and W multiples of "
+                f"{ratio}: pad them, or use latentae.LatentCodec, which pads and crops back."
+            )
+        posterior = self.posterior(self._one_by_one(self._encode, x))
+        return EncoderOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+    @apply_forward_hook
+    def decode(
+        self,
+        z: Tensor,
+        temb: Tensor | None = None,
+        return_dict: bool = True,
+        *,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        num_inference_steps: int | None = None,
+        **ignored_by_deterministic_families: Any,
+    ) -> DecoderOutput | tuple[Tensor]:
+        """Latents (B, C, h, w) to pixels (B, 3, f*h, f*w), about [-1, 1].
+
+        Args:
+            temb: ignored; some video pipelines pass a timestep in its place.
+            generator, num_inference_steps: for families whose decoder samples.
+
+        Raises:
+            RequestError: the latents have another number of dimensions or channels.
+        """
+        if z.ndim != 4 or not self._accepts_channels(z.shape[1]) or 0 in z.shape:
+            raise RequestError(
+                f"decode got latents of shape {tuple(z.shape)}; expected (B, {self.latent_channels}, h, w)."
+            )
+        pixels = self._one_by_one(self._decode, z)
+        return DecoderOutput(sample=pixels) if return_dict else (pixels,)
+
+    def _accepts_channels(self, channels: int) -> bool:
+        return channels == self.latent_channels
+
+    def forward(
+        self,
+        sample: Tensor,
+        sample_posterior: bool = False,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> DecoderOutput | tuple[Tensor]:
+        """Reconstruct pixels (B, 3, H, W): encode, take the mode (or a sample), decode."""
+        posterior = self.encode(sample).latent_dist
+        z = posterior.sample(generator) if sample_posterior else posterior.mode()
+        return self.decode(z, return_dict=return_dict, generator=generator)
+
+    def _one_by_one(self, function: Any, batch: Tensor) -> Tensor:
+        if self.use_slicing and len(batch) > 1:
+            return torch.cat([function(one) for one in batch.split(1)])
+        return function(batch)
+
+    def enable_tiling(
+        self,
+        tile_sample_min_height: int | None = None,
+        tile_sample_min_width: int | None = None,
+        tile_sample_stride_height: int | None = None,
+        tile_sample_stride_width: int | None = None,
+    ) -> None:
+        """Bound the memory of large images: anything larger than a tile runs tile by tile.
+
+        Args:
+            tile_sample_min_height, tile_sample_min_width: size of a tile in pixels, rounded down to what the family
+                can cut; by default 1024.
+            tile_sample_stride_height, tile_sample_stride_width: accepted as stock classes do; exact tiles take their
+                overlap from the receptive field instead.
+        """
+        self.use_tiling = True
+        self.tile_sample_min_height = tile_sample_min_height or self.tile_sample_min_height
+        self.tile_sample_min_width = tile_sample_min_width or self.tile_sample_min_width
+
+    def _tile(self, local_ratio: int) -> tuple[int, int]:
+        """Tile size in pixels, cut to a multiple of the scale at which local features live."""
+        height = max(self.tile_sample_min_height // local_ratio, 1) * local_ratio
+        width = max(self.tile_sample_min_width // local_ratio, 1) * local_ratio
+        return height, width
+
+    def _exceeds_tile(self, height: int, width: int) -> bool:
+        return self.use_tiling and (height > self.tile_sample_min_height or width > self.tile_sample_min_width)
+
+    def _encode(self, x: Tensor) -> Tensor:
+        if not self._exceeds_tile(*x.shape[-2:]):
+            return self.encoder(x)
+        ratio = self.encoder.local_ratio
+        features = run_in_tiles(self.encoder.local, x, self._tile(ratio), self.encoder.local_halo, down=ratio)
+        return self.encoder.deep(features)
+
+    def _decode(self, z: Tensor) -> Tensor:
+        scale = self.spatial_compression_ratio
+        if not self._exceeds_tile(z.shape[-2] * scale, z.shape[-1] * scale):
+            return self.decoder(z)
+        ratio = self.decoder.local_ratio
+        height, width = self._tile(ratio)
+        features = self.decoder.deep(z)
+        tile = (height // ratio, width // ratio)
+        return run_in_tiles(self.decoder.local, features, tile, self.decoder.local_halo // ratio, up=ratio)

@@ -1,0 +1,182 @@
+"""Named configurations of every family, published or ours, as data. A new family adds its lines here."""
+
+import importlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from latentae.errors import RequestError
+from latentae.families.base import Autoencoder
+
+DCAE_PAPER = "DC-AE (arXiv 2410.10733)"
+SANA_PAPER = "SANA (arXiv 2410.10629)"
+DCAE_LITE = "DC-AE-Lite (DC-Gen repository)"
+DCAE15_PAPER = "DC-AE 1.5 (arXiv 2508.00413)"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One named configuration.
+
+    ``hub_id`` names published weights, in diffusers' format where they exist in it; None for configurations of ours.
+    """
+
+    name: str
+    family: str
+    config: dict[str, Any] = field(repr=False)
+    source: str
+    hub_id: str | None = None
+
+    @property
+    def is_tiny(self) -> bool:
+        return self.name.endswith("-tiny")
+
+
+def _stages(shallow: str, deep: str, stages: int) -> tuple[str, ...]:
+    return (shallow,) * 3 + (deep,) * (stages - 3)
+
+
+def _dcae_in(latent_channels: int, widths: tuple[int, ...], scaling_factor: float) -> dict[str, Any]:
+    """ImageNet and mixture models: BatchNorm and ReLU in the decoder's shallow stages, single-scale attention."""
+    stages = len(widths)
+    return dict(
+        latent_channels=latent_channels,
+        encoder_block_types=_stages("ResBlock", "EfficientViTBlock", stages),
+        decoder_block_types=_stages("ResBlock", "EfficientViTBlock", stages),
+        encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths,
+        encoder_layers_per_block=(0, 4, 8) + (2,) * (stages - 3),
+        decoder_layers_per_block=(0, 5, 10) + (2,) * (stages - 3),
+        encoder_qkv_multiscales=((),) * stages,
+        decoder_qkv_multiscales=((),) * stages,
+        decoder_norm_types=_stages("batch_norm", "rms_norm", stages),
+        decoder_act_fns=_stages("relu", "silu", stages),
+        scaling_factor=scaling_factor,
+    )
+
+
+def _dcae_structured(widths: tuple[int, ...], scaling_factor: float) -> dict[str, Any]:
+    """DC-AE 1.1 and 1.5: residual blocks throughout, no shortcut around the latent."""
+    stages = len(widths)
+    depths = (0, 5, 10) + (4,) * (stages - 3)
+    return dict(
+        latent_channels=128,
+        encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths,
+        encoder_layers_per_block=depths,
+        decoder_layers_per_block=depths,
+        encoder_qkv_multiscales=((),) * stages,
+        decoder_qkv_multiscales=((),) * stages,
+        encoder_out_shortcut=False,
+        decoder_in_shortcut=False,
+        decoder_conv_act_fn="silu",
+        scaling_factor=scaling_factor,
+    )
+
+
+def _dcae_small(latent_channels: int, widths: tuple[int, ...], depth: int) -> dict[str, Any]:
+    stages = len(widths)
+    return dict(
+        latent_channels=latent_channels,
+        attention_head_dim=16,
+        encoder_block_types=("ResBlock",) * (stages - 1) + ("EfficientViTBlock",),
+        decoder_block_types=("ResBlock",) * (stages - 1) + ("EfficientViTBlock",),
+        encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths,
+        encoder_layers_per_block=(0,) + (depth,) * (stages - 1),
+        decoder_layers_per_block=(0,) + (depth,) * (stages - 1),
+        encoder_qkv_multiscales=((),) * stages,
+        decoder_qkv_multiscales=((),) * stages,
+        decoder_conv_act_fn="silu",
+    )
+
+
+F32 = (128, 256, 512, 512, 1024, 1024)
+F64 = (*F32, 2048)
+F128 = (*F64, 2048)
+SANA_ENCODER = dict(
+    latent_channels=32,
+    encoder_block_types=_stages("ResBlock", "EfficientViTBlock", 6),
+    encoder_block_out_channels=F32,
+    encoder_layers_per_block=(2, 2, 2, 3, 3, 3),
+    encoder_qkv_multiscales=((), (), (), (5,), (5,), (5,)),
+    downsample_block_type="conv",
+    scaling_factor=0.41407,
+)
+SANA = dict(
+    **SANA_ENCODER,
+    decoder_block_types=_stages("ResBlock", "EfficientViTBlock", 6),
+    decoder_block_out_channels=F32,
+    decoder_layers_per_block=(3,) * 6,
+    decoder_qkv_multiscales=((), (), (), (5,), (5,), (5,)),
+    upsample_block_type="interpolate",
+)
+SANA_LITE = dict(
+    **SANA_ENCODER,
+    decoder_block_types="ResBlock",
+    decoder_block_out_channels=F32,
+    decoder_layers_per_block=(0, 3, 5, 4, 4, 4),
+    decoder_qkv_multiscales=((),) * 6,
+    decoder_conv_act_fn="silu",
+)
+
+_MIT = "mit-han-lab/{}-diffusers"
+_PRESETS = [
+    Preset("dc-ae-f32c32-in-1.0", "DCAE", _dcae_in(32, F32, 0.3189), DCAE_PAPER, _MIT),
+    Preset("dc-ae-f32c32-mix-1.0", "DCAE", _dcae_in(32, F32, 0.4552), DCAE_PAPER, _MIT),
+    Preset("dc-ae-f64c128-in-1.0", "DCAE", _dcae_in(128, F64, 0.2889), DCAE_PAPER, _MIT),
+    Preset("dc-ae-f64c128-mix-1.0", "DCAE", _dcae_in(128, F64, 0.4538), DCAE_PAPER, _MIT),
+    Preset("dc-ae-f128c512-in-1.0", "DCAE", _dcae_in(512, F128, 0.4883), DCAE_PAPER, _MIT),
+    Preset("dc-ae-f128c512-mix-1.0", "DCAE", _dcae_in(512, F128, 0.3620), DCAE_PAPER, _MIT),
+    Preset("dc-ae-f32c32-sana-1.0", "DCAE", SANA, SANA_PAPER, _MIT),
+    Preset("dc-ae-f32c32-sana-1.1", "DCAE", SANA, SANA_PAPER, _MIT),
+    Preset("dc-ae-lite-f32c32", "DCAE", SANA_LITE, DCAE_LITE, "dc-ai/{}-diffusers"),
+    Preset("dc-ae-f32c128-1.1", "DCAE", _dcae_structured(F32, 1.0), DCAE15_PAPER, "dc-ai/{}"),
+    Preset("dc-ae-f32c128-1.5", "DCAE", _dcae_structured(F32, 1.0), DCAE15_PAPER, "dc-ai/{}"),
+    Preset("dc-ae-f64c128-1.5", "DCAE", _dcae_structured((*F32, 1024), 0.5935), DCAE15_PAPER, "dc-ai/{}"),
+    Preset("dc-ae-f8c16-small", "DCAE", _dcae_small(16, (32, 64, 128, 128), 2), "ours, for the demo"),
+    Preset("dc-ae-tiny", "DCAE", _dcae_small(8, (16, 16, 32, 32), 1), "ours, for tests"),
+]
+PRESETS = {preset.name: preset for preset in _PRESETS}
+
+
+def presets() -> list[str]:
+    """The names of every preset, in the order of the families."""
+    return list(PRESETS)
+
+
+def find_preset(name: str) -> Preset:
+    """The preset called ``name``; raises RequestError with the nearest names if there is none."""
+    if name not in PRESETS:
+        from difflib import get_close_matches
+
+        near = get_close_matches(name, PRESETS, n=3, cutoff=0.5) or PRESETS
+        raise RequestError(f"There is no preset {name!r}; did you mean {', '.join(near)}? 'latentae presets' lists all.")
+    preset = PRESETS[name]
+    hub_id = preset.hub_id.format(name) if preset.hub_id else None
+    return Preset(preset.name, preset.family, preset.config, preset.source, hub_id)
+
+
+def family_class(family: str) -> type[Autoencoder]:
+    return getattr(importlib.import_module("latentae"), family)
+
+
+def create(name: str, *, seed: int = 0, **overrides: Any) -> Autoencoder:
+    """A new autoencoder of a preset with random weights, in eval mode.
+
+    Args:
+        name: one of `presets()`.
+        seed: of the weights; the global random state is left as it was.
+        overrides: configuration arguments that differ from the preset's.
+
+    Raises:
+        RequestError: no such preset, or no such argument.
+    """
+    preset = find_preset(name)
+    cls = family_class(preset.family)
+    if unknown := set(overrides) - cls._init_arguments():
+        raise RequestError(f"{preset.family} has no argument {', '.join(sorted(unknown))}.")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return cls(**{**preset.config, **overrides}).eval()

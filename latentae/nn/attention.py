@@ -1,0 +1,22 @@
+"""ReLU linear attention (EfficientViT, arXiv 2205.14756): linear in the number of pixels, in fp32 under any precision."""
+
+import torch
+from torch import Tensor
+
+
+def relu_linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float = 1e-15) -> Tensor:
+    """softmax-free attention with the kernel ``relu(q) . relu(k)``.
+
+    The sums over all pixels overflow half precision and lose bf16's few digits, so this part leaves autocast.
+
+    Args:
+        q, k, v: (B, heads, N, D) in any float dtype.
+
+    Returns:
+        (B, heads, N, D) in fp32.
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        q, k, v = q.float().relu(), k.float().relu(), v.float()
+        context = k.transpose(-1, -2) @ v  # (B, heads, D, D)
+        total = k.sum(dim=-2).unsqueeze(-1)  # (B, heads, D, 1)
+        return (q @ context) / (q @ total + eps)

@@ -1,0 +1,225 @@
+"""LatentCodec: any autoencoder, ours or a stock diffusers class, as pixels to normalised latents and back.
+
+The classes differ in the field that ``encode`` fills, in normalisation, in 4 or 5 dimensions and in the sizes they
+take. The codec hides that, so that benchmarks, stores and pipelines speak to one thing.
+"""
+
+import inspect
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.autoencoders.vae import IdentityDistribution
+from torch import Tensor, nn
+
+from latentae.errors import RequestError
+from latentae.nn.pixels import pad_to_multiple, to_float
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Normalised latents together with the size of what they encode.
+
+    ``tensor`` is (B, C, h, w), or (B, C, t, h, w) from a video autoencoder; ``height`` and ``width`` are those of the
+    pixels before padding; ``frames`` is None for images.
+    """
+
+    tensor: Tensor
+    height: int
+    width: int
+    frames: int | None = None
+
+
+def spatial_ratio(autoencoder: nn.Module) -> int:
+    """Pixels per latent along one side."""
+    config: Any = autoencoder.config
+    if own := config.get("spatial_compression_ratio") or config.get("scale_factor_spatial"):
+        return int(own)
+    if "spatial_compression_ratio" in vars(autoencoder):
+        return int(autoencoder.spatial_compression_ratio)  # type: ignore[arg-type]
+    if "temperal_downsample" in config:  # diffusers' spelling
+        return 2 ** len(config["temperal_downsample"])
+    return 2 ** (len(config["block_out_channels"]) - 1)
+
+
+def temporal_ratio(autoencoder: nn.Module) -> int:
+    """Frames per latent frame, after the first; 1 for images."""
+    config: Any = autoencoder.config
+    own = config.get("temporal_compression_ratio") or config.get("scale_factor_temporal")
+    return int(own or vars(autoencoder).get("temporal_compression_ratio") or 1)
+
+
+class LatentCodec:
+    """An autoencoder as pixels to normalised latents and back, at any size.
+
+    Normalised latents are ``(z - shift_factor) * scaling_factor``, or per channel
+    ``(z - latents_mean) * scaling_factor / latents_std``, whichever the model's configuration states: what a diffusion
+    model sees.
+
+    Args:
+        autoencoder: ours or a stock diffusers autoencoder, moved and put into eval mode in place.
+        device, dtype: where and in which precision it runs; by default as it is.
+        autocast: run under autocast with this dtype instead of converting the weights.
+        compile: compile encode and decode with torch.compile on first use.
+        channels_last: hold weights and pixels in channels-last memory (images only).
+        tiling: run large images tile by tile.
+
+    Raises:
+        RequestError: the model has no encode and decode, or no tiling where it is asked for.
+    """
+
+    def __init__(
+        self,
+        autoencoder: nn.Module,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        autocast: torch.dtype | None = None,
+        compile: bool = False,
+        channels_last: bool = False,
+        tiling: bool = False,
+    ):
+        if not (hasattr(autoencoder, "encode") and hasattr(autoencoder, "decode") and hasattr(autoencoder, "config")):
+            raise RequestError(f"{type(autoencoder).__name__} is not an autoencoder: it needs encode, decode and config.")
+        # diffusers' own ``to`` warns on every change of dtype that an empty list of modules should stay in fp32
+        if getattr(autoencoder, "_keep_in_fp32_modules", None):
+            autoencoder.to(device=device, dtype=dtype)
+        else:
+            nn.Module.to(autoencoder, device=device, dtype=dtype)
+        self.autoencoder: Any = autoencoder.eval()
+        self.autocast = autocast
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        if channels_last:
+            self.autoencoder.to(memory_format=torch.channels_last)
+        if tiling:
+            if not hasattr(autoencoder, "use_tiling"):
+                raise RequestError(f"{type(autoencoder).__name__} has no tiling; leave tiling off.")
+            self.autoencoder.enable_tiling()
+        self._encode = torch.compile(self.autoencoder.encode) if compile else self.autoencoder.encode
+        self._decode = torch.compile(self.autoencoder.decode) if compile else self.autoencoder.decode
+
+        config = self.autoencoder.config
+        self.spatial_ratio = spatial_ratio(autoencoder)
+        self.temporal_ratio = temporal_ratio(autoencoder)
+        self.latent_channels = int(config.get("latent_channels") or config["z_dim"])
+        encoder: Any = getattr(autoencoder, "encoder", autoencoder)
+        self.is_video = any(isinstance(module, nn.Conv3d) for module in encoder.modules())
+        decode_arguments = inspect.signature(self.autoencoder.decode).parameters
+        self._takes_generator = "generator" in decode_arguments
+        self._fixed_arguments = {"num_frames": 1} if "num_frames" in decode_arguments else {}
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.autoencoder.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.autoencoder.parameters()).dtype
+
+    @property
+    def normalisation(self) -> dict[str, Any]:
+        """The model's scaling_factor, shift_factor, latents_mean and latents_std, as plain JSON values."""
+        config = self.autoencoder.config
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        return {
+            "scaling_factor": float(config.get("scaling_factor") or 1.0),
+            "shift_factor": float(config.get("shift_factor") or 0.0),
+            "latents_mean": None if mean is None else [float(m) for m in mean],
+            "latents_std": None if std is None else [float(s) for s in std],
+        }
+
+    def posterior(self, pixels: Tensor) -> Any:
+        """The distribution of raw latents, with ``mode()`` and ``sample(generator)``; differentiable.
+
+        Args:
+            pixels: floats in [-1, 1], (B, 3, H, W), or (B, 3, T, H, W) for video autoencoders, with sides that are
+                multiples of the ratio.
+        """
+        with self._precision():
+            output = self._encode(pixels.to(self.device, self.dtype, memory_format=self._format(pixels)))
+        for field in ("latent_dist", "latents", "latent"):
+            if (found := getattr(output, field, None)) is not None:
+                return IdentityDistribution(found) if isinstance(found, Tensor) else found
+        return IdentityDistribution(output)
+
+    def normalise(self, z: Tensor) -> Tensor:
+        """Raw latents (B, C, ...) to what a diffusion model sees, in fp32."""
+        shift, scale = self._shift_and_scale(z)
+        return (z.float() - shift) * scale
+
+    def denormalise(self, z: Tensor) -> Tensor:
+        """The inverse of `normalise`, in fp32."""
+        shift, scale = self._shift_and_scale(z)
+        return z.float() / scale + shift
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor, *, sample: bool = False, generator: torch.Generator | None = None) -> Latents:
+        """Pixels of any size to normalised latents.
+
+        Args:
+            pixels: uint8, or floats in [-1, 1]; (B, 3, H, W), or (B, 3, T, H, W) for video autoencoders, which take
+                images too. Sizes that are no multiple of the ratio are padded at the bottom, the right and the end.
+            sample: draw from the posterior instead of taking its mode.
+
+        Raises:
+            RequestError: not three channels, a video for an image autoencoder, or nothing at all.
+        """
+        if pixels.ndim not in ((4, 5) if self.is_video else (4,)) or pixels.shape[1] != 3 or 0 in pixels.shape:
+            shapes = "(B, 3, H, W)" + (" or (B, 3, T, H, W)" if self.is_video else "")
+            raise RequestError(f"encode got pixels of shape {tuple(pixels.shape)}; expected {shapes}.")
+        frames = pixels.shape[2] if pixels.ndim == 5 else None
+        height, width = pixels.shape[-2:]
+        pixels = pixels.to(self.device)
+        pixels = to_float(pixels) if pixels.dtype == torch.uint8 else pixels
+        posterior = self.posterior(self._pad(pixels))
+        z = posterior.sample(generator) if sample else posterior.mode()
+        return Latents(self.normalise(z), height, width, frames)
+
+    @torch.no_grad()
+    def decode(self, latents: Latents | Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Normalised latents to pixels: fp32, about [-1, 1] (not clamped), cropped to the size that was encoded.
+
+        Args:
+            latents: what `encode` gave, or a bare tensor, which decodes to its full size.
+            generator: for decoders that sample.
+        """
+        z = latents.tensor if isinstance(latents, Latents) else latents
+        z = self.denormalise(z.to(self.device)).to(self.dtype)
+        arguments = {**self._fixed_arguments, **({"generator": generator} if self._takes_generator else {})}
+        with self._precision():
+            output = self._decode(z, **arguments)
+        pixels = getattr(output, "sample", output).float()
+        if not isinstance(latents, Latents):
+            return pixels
+        if pixels.ndim == 5:
+            pixels = pixels[:, :, 0] if latents.frames is None else pixels[:, :, : latents.frames]
+        return pixels[..., : latents.height, : latents.width]
+
+    def reconstruct(self, pixels: Tensor) -> Tensor:
+        """Pixels through the mode of their latents and back, same shape, fp32."""
+        return self.decode(self.encode(pixels))
+
+    def _pad(self, pixels: Tensor) -> Tensor:
+        if self.is_video and pixels.ndim == 4:
+            pixels = pixels.unsqueeze(2)  # (B, 3, 1, H, W)
+        pixels = pad_to_multiple(pixels, self.spatial_ratio)
+        if self.is_video and (missing := -(pixels.shape[2] - 1) % self.temporal_ratio):
+            pixels = F.pad(pixels, (0, 0, 0, 0, 0, missing), mode="replicate")  # (B, 3, 1 + k t, H, W)
+        return pixels
+
+    def _shift_and_scale(self, z: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        values = self.normalisation
+        if values["latents_mean"] is None or values["latents_std"] is None:
+            return values["shift_factor"], values["scaling_factor"]
+        shape = (1, -1) + (1,) * (z.ndim - 2)
+        mean = torch.tensor(values["latents_mean"], device=z.device).view(shape)
+        std = torch.tensor(values["latents_std"], device=z.device).view(shape)
+        return mean, values["scaling_factor"] / std
+
+    def _format(self, pixels: Tensor) -> torch.memory_format:
+        return self.memory_format if pixels.ndim == 4 else torch.contiguous_format
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, dtype=self.autocast) if self.autocast else nullcontext()

@@ -5,10 +5,13 @@ format of its authors. ``export`` writes DC-AE and stock classes as stock folder
 """
 
 import hashlib
+import os
 import pickle
 import re
+import socket
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import diffusers
 import torch
@@ -142,20 +145,33 @@ def _fetch_from_hub(repo: str) -> Path:
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+    offline = not _hub_is_reachable()  # then the cache alone: the hub client would retry for half a minute
     try:
         try:
-            hf_hub_download(repo, "config.json")
-            return Path(snapshot_download(repo, allow_patterns=["config.json", "*.safetensors*"]))
+            hf_hub_download(repo, "config.json", local_files_only=offline)
+            patterns = ["config.json", "*.safetensors*"]
+            return Path(snapshot_download(repo, allow_patterns=patterns, local_files_only=offline))
         except LocalEntryNotFoundError:
             raise
         except EntryNotFoundError:
-            return Path(snapshot_download(repo, allow_patterns=["vae/*"])) / "vae"
+            return Path(snapshot_download(repo, allow_patterns=["vae/*"], local_files_only=offline)) / "vae"
     except Exception as error:  # the hub client raises its own, requests' and httpx's errors
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise MissingWeights(
             f"{repo!r} is neither a folder here nor to be had from the hub ({reason}): check the name, or download it "
             "where there is a network and give the folder."
         ) from error
+
+
+def _hub_is_reachable() -> bool:
+    from huggingface_hub.constants import ENDPOINT
+
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True  # a proxy resolves names for us
+    try:
+        return bool(socket.getaddrinfo(urlsplit(ENDPOINT).hostname, None))
+    except OSError:
+        return False
 
 
 # --- checkpoints of the DC-AE authors (efficientvit, DC-Gen) -----------------------------------------------------

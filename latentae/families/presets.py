@@ -151,8 +151,9 @@ def find_preset(name: str) -> Preset:
     if name not in PRESETS:
         from difflib import get_close_matches
 
-        near = get_close_matches(name, PRESETS, n=3, cutoff=0.5) or PRESETS
-        raise RequestError(f"There is no preset {name!r}; did you mean {', '.join(near)}? 'latentae presets' lists all.")
+        near = get_close_matches(name, PRESETS, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise RequestError(f"There is no preset {name!r}; {hint}'latentae presets' lists all.")
     preset = PRESETS[name]
     hub_id = preset.hub_id.format(name) if preset.hub_id else None
     return Preset(preset.name, preset.family, preset.config, preset.source, hub_id)
@@ -180,3 +181,21 @@ def create(name: str, *, seed: int = 0, **overrides: Any) -> Autoencoder:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return cls(**{**preset.config, **overrides}).eval()
+
+
+def describe(name: str) -> dict[str, Any]:
+    """What a preset is, without allocating its weights: compression, channels, parameters, source, hub id."""
+    preset = find_preset(name)
+    with torch.device("meta"):
+        autoencoder = create(name)
+    millions = {half: sum(p.numel() for p in getattr(autoencoder, half).parameters()) / 1e6 for half in ("encoder", "decoder")}
+    return {
+        "name": name,
+        "family": preset.family,
+        "ratio": autoencoder.spatial_compression_ratio,
+        "channels": autoencoder.latent_channels,
+        "encoder_millions": round(millions["encoder"], 2),
+        "decoder_millions": round(millions["decoder"], 2),
+        "source": preset.source,
+        "hub_id": preset.hub_id,
+    }

@@ -1,0 +1,5 @@
+import sys
+
+from latentae.cli.main import main
+
+sys.exit(main())

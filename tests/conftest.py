@@ -1,0 +1,51 @@
+"""Fixtures that several rooms share. No network, no GPU, no downloaded weights."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(2)
+
+
+def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Draw every one-dimensional parameter: zero norm weights would hide the residual branches from a test."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.data.normal_(0, 0.3, generator=generator)
+    for name, buffer in model.named_buffers():
+        if "running" in name:
+            buffer.uniform_(0.5, 1.5, generator=generator)
+    return model
+
+
+@pytest.fixture
+def tiny_dcae():
+    import latentae
+
+    return randomise(latentae.create("dc-ae-tiny"))
+
+
+@pytest.fixture
+def photo_folder(tmp_path):
+    """Six small smooth images of odd sizes, nested, in three formats."""
+    folder = tmp_path / "photos"
+    names = ["a.png", "b.jpg", "sub/c.webp", "sub/deeper/d.png", "e e.jpeg", "f.PNG"]
+    sizes = [(64, 64), (97, 61), (40, 130), (33, 71), (128, 96), (65, 64)]
+    for i, (name, (height, width)) in enumerate(zip(names, sizes)):
+        y, x = np.mgrid[:height, :width]
+        image = np.stack([127 + 120 * np.sin(x / (5 + c) + y / (9 + i) + c) for c in range(3)], -1).astype(np.uint8)
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _skip_gpu(request):
+    if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")

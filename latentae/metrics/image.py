@@ -1,0 +1,240 @@
+"""PSNR, SSIM and LPIPS of image pairs: pure functions first, then the torchmetrics Metrics that average them.
+
+The Metrics take uint8 pairs only. A float in [-1, 1] and one in [0, 1] look alike, and mistaking one for the other
+changes LPIPS by a factor of three and PSNR by 6 dB without a word; bytes have one range.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentae.errors import MissingExtra, RequestError
+from latentae.nn.pixels import to_float
+from latentae.weights import find_weight_file, open_state_dict
+
+try:
+    from torchmetrics import Metric
+except ImportError as error:
+    raise MissingExtra("Measuring image quality", "bench") from error
+
+SSIM_TAPS = 11
+SSIM_SIGMA = 1.5
+LPIPS_BACKBONES = {"alex": "alexnet", "vgg": "vgg16"}  # net of the lpips package: its file in latentae.weights
+
+
+def psnr(reconstruction: Tensor, reference: Tensor, data_range: float | None = None) -> Tensor:
+    """Peak signal-to-noise ratio of each image in dB, over all its channels; infinite for identical images.
+
+    Args:
+        reconstruction, reference: (B, C, H, W), uint8, or floats with their ``data_range``.
+        data_range: distance between black and white; 255 for uint8.
+
+    Returns:
+        (B,) float64.
+
+    Raises:
+        RequestError: shapes or dtypes differ, or floats come without a range.
+    """
+    data_range = _data_range(reconstruction, reference, data_range)
+    error = reconstruction.double() - reference.double()
+    return 10 * torch.log10(data_range**2 / error.square().mean(dim=(1, 2, 3)))
+
+
+def ssim(reconstruction: Tensor, reference: Tensor, data_range: float | None = None) -> Tensor:
+    """Structural similarity of each image (Wang et al. 2004), averaged over the valid region and the channels.
+
+    An 11-tap Gaussian window of sigma 1.5, K1 = 0.01, K2 = 0.03, population (co)variances: scikit-image's
+    ``structural_similarity(gaussian_weights=True, sigma=1.5, use_sample_covariance=False)``.
+
+    Args and errors as `psnr`; height and width of at least 11.
+
+    Returns:
+        (B,) float64, 1 for identical images.
+    """
+    data_range = _data_range(reconstruction, reference, data_range)
+    if min(reference.shape[-2:]) < SSIM_TAPS:
+        raise RequestError(
+            f"SSIM got images of {reference.shape[-2]}x{reference.shape[-1]}; its window needs at least "
+            f"{SSIM_TAPS}x{SSIM_TAPS} pixels."
+        )
+    # Image by image: the float64 maps of a batch of large images would need more memory than the model.
+    pairs = zip(reconstruction.double(), reference.double(), strict=True)
+    return torch.stack([_ssim_of_one(x, y, data_range) for x, y in pairs])
+
+
+def _ssim_of_one(x: Tensor, y: Tensor, data_range: float) -> Tensor:
+    height, width = x.shape[-2:]
+    maps = torch.stack([x, y, x * x + y * y, x * y])  # (4, C, H, W)
+    # The window as two banded matrices: a matrix product is several times faster than a float64 convolution.
+    maps = _window(height, x.device) @ maps @ _window(width, x.device).T  # (4, C, H - 10, W - 10)
+    mean_x, mean_y, mean_squares, mean_product = maps
+    squares, product = mean_x**2 + mean_y**2, mean_x * mean_y
+    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    luminance = (2 * product + c1) / (squares + c1)
+    structure = (2 * (mean_product - product) + c2) / (mean_squares - squares + c2)
+    return (luminance * structure).mean()
+
+
+def _window(size: int, device: torch.device) -> Tensor:
+    """The Gaussian window at its ``size - 10`` valid positions, one per row: (size - 10, size) float64."""
+    offsets = torch.arange(SSIM_TAPS, dtype=torch.float64, device=device) - SSIM_TAPS // 2
+    taps = torch.exp(-0.5 * (offsets / SSIM_SIGMA) ** 2)
+    rows = size - SSIM_TAPS + 1
+    matrix = torch.zeros(rows, size, dtype=torch.float64, device=device)
+    matrix.as_strided((rows, SSIM_TAPS), (size + 1, 1)).copy_(taps / taps.sum())  # the diagonal band
+    return matrix
+
+
+def _data_range(reconstruction: Tensor, reference: Tensor, data_range: float | None) -> float:
+    if reconstruction.shape != reference.shape or reconstruction.dtype != reference.dtype or reference.ndim != 4:
+        raise RequestError(
+            f"The reconstruction is {_describe(reconstruction)} and the reference {_describe(reference)}; expected two "
+            "batches of one shape (B, C, H, W) and one dtype."
+        )
+    if reference.dtype == torch.uint8:
+        return 255.0 if data_range is None else data_range
+    if data_range is None:
+        raise RequestError(f"Images of dtype {reference.dtype} need data_range: 2 for [-1, 1], 1 for [0, 1].")
+    return data_range
+
+
+def _describe(images: Tensor) -> str:
+    return f"{images.dtype} of shape {tuple(images.shape)}"
+
+
+def require_uint8_pair(reconstruction: Tensor, reference: Tensor) -> None:
+    """Refuse anything but two equally large uint8 batches (B, 3, H, W)."""
+    for images in (reconstruction, reference):
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or images.shape != reference.shape:
+            raise RequestError(
+                f"A metric got {_describe(reconstruction)} and {_describe(reference)}; expected two uint8 batches "
+                "(B, 3, H, W) of one size: see latentae.nn.pixels.to_uint8."
+            )
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """No gradients, no autocast and no TF32: a feature network gives the same numbers wherever it is called from."""
+    cudnn = torch.backends.cudnn
+    exact = cudnn.flags(
+        enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False
+    )
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), exact:
+        yield
+
+
+class ExactSums(Metric):
+    """A Metric whose states follow a surrounding module to its device but never to its dtype."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Any:
+        return super()._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).device), exclude_state)
+
+
+class MeanOfImages(ExactSums):
+    """The mean over images of one number per image pair; states add up, so that processes merge exactly.
+
+    Values that are not finite (the PSNR of identical images) would make the mean meaningless: they stay out of it and
+    are counted in ``excluded``. The mean of no images is NaN.
+    """
+
+    is_differentiable = False
+    full_state_update = False
+    total: Tensor
+    count: Tensor
+    excluded: Tensor
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("excluded", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def values(self, reconstruction: Tensor, reference: Tensor) -> Tensor:
+        """(B,) numbers of a pair of uint8 batches (B, 3, H, W)."""
+        raise NotImplementedError
+
+    def update(self, reconstruction: Tensor, reference: Tensor) -> None:
+        require_uint8_pair(reconstruction, reference)
+        values = self.values(reconstruction, reference).to(self.total)
+        finite = values.isfinite()
+        self.total += values[finite].sum()
+        self.count += finite.sum()
+        self.excluded += (~finite).sum()
+
+    def compute(self) -> Tensor:
+        return self.total / self.count
+
+
+class PSNR(MeanOfImages):
+    """Mean over images of the PSNR of RGB uint8 pairs in dB (not the PSNR of the pooled error)."""
+
+    higher_is_better = True
+
+    def values(self, reconstruction: Tensor, reference: Tensor) -> Tensor:
+        return psnr(reconstruction, reference)
+
+
+class SSIM(MeanOfImages):
+    """Mean over images of the SSIM of RGB uint8 pairs."""
+
+    higher_is_better = True
+
+    def values(self, reconstruction: Tensor, reference: Tensor) -> Tensor:
+        return ssim(reconstruction, reference)
+
+
+class LPIPSMetric(MeanOfImages):
+    """Mean over images of LPIPS 0.1 (Zhang et al. 2018) of RGB uint8 pairs, lower is better.
+
+    The ``lpips`` package with its linear heads; the backbone is torchvision's file, found by `latentae.weights`, never
+    downloaded. The network stands outside of the module tree, so that it never enters a checkpoint or a cast.
+
+    Args:
+        net: ``alex`` or ``vgg``.
+        weights: another backbone file (state dict of the torchvision network or of its ``features``), unchecked.
+
+    Raises:
+        MissingWeights: the backbone file is nowhere on this machine.
+        MissingExtra: the ``lpips`` package is not installed.
+    """
+
+    higher_is_better = False
+
+    def __init__(self, net: str = "alex", weights: str | Path | None = None, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        if net not in LPIPS_BACKBONES:
+            raise RequestError(f"LPIPS has no net {net!r}: choose {' or '.join(LPIPS_BACKBONES)}.")
+        self.net = net
+        self._network = (_lpips_network(net, find_weight_file(LPIPS_BACKBONES[net], weights)),)
+
+    def values(self, reconstruction: Tensor, reference: Tensor) -> Tensor:
+        network = self._network[0].to(reference.device)
+        with full_precision(reference.device):
+            return network(to_float(reconstruction), to_float(reference)).flatten()  # (B,)
+
+
+def _lpips_network(net: str, backbone_file: Path) -> torch.nn.Module:
+    try:
+        import lpips
+    except ImportError as error:
+        raise MissingExtra("LPIPS", "bench") from error
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="torchvision")  # lpips calls it by its old arguments
+        network = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
+    backbone = open_state_dict(backbone_file)
+    # lpips keeps torchvision's layer numbers: net.slice2.3.weight is features.3.weight
+    wanted = {key: key.split(".", 1)[1] for key in network.net.state_dict()}
+    prefix = "features." if any(key.startswith("features.") for key in backbone) else ""
+    missing = [source for source in wanted.values() if prefix + source not in backbone]
+    if missing:
+        raise RequestError(
+            f"{backbone_file} is not a state dict of torchvision's {LPIPS_BACKBONES[net]}: "
+            f"it lacks {prefix}{missing[0]}."
+        )
+    network.net.load_state_dict({key: backbone[prefix + source] for key, source in wanted.items()})
+    return network.requires_grad_(False).eval()

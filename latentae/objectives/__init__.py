@@ -1,0 +1,26 @@
+"""What training minimises: terms of a weighted sum, and the adversary with its discriminators."""
+
+from latentae.objectives.adversarial import Adversary
+from latentae.objectives.discriminators import Discriminator, PatchGAN
+from latentae.objectives.frequency import GaussianDetail, HaarDetail
+from latentae.objectives.perceptual import LPIPS, MSSSIM
+from latentae.objectives.reconstruction import L1, L2, Charbonnier
+from latentae.objectives.regularization import KL
+from latentae.objectives.terms import Objective, Step, Term
+
+__all__ = [
+    "KL",
+    "L1",
+    "L2",
+    "LPIPS",
+    "MSSSIM",
+    "Adversary",
+    "Charbonnier",
+    "Discriminator",
+    "GaussianDetail",
+    "HaarDetail",
+    "Objective",
+    "PatchGAN",
+    "Step",
+    "Term",
+]

@@ -1,0 +1,79 @@
+"""Terms that look at high frequencies only, as LiteVAE trains with (Sadat et al., 2024, arXiv 2405.14477, section 4.4).
+
+The paper publishes neither weights nor constants; open-litevae's weights are 1.0 (Haar) and 0.5 (Gaussian). Both maps
+are linear, so they are applied once, to the difference of the pixels.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from latentae.objectives.reconstruction import charbonnier
+from latentae.objectives.terms import Step, Term
+
+
+class HaarDetail(Term):
+    """Charbonnier distance of the Haar detail bands (H, V, D), averaged over bands and levels.
+
+    Level l is divided by 2^l, LiteVAE's scaling, so that a level's low-pass band stays in the range of the pixels.
+
+    Args:
+        levels: how many times the low-pass band is split again; the sides must be at least 2^levels.
+        epsilon: of the Charbonnier distance, which is its least value.
+    """
+
+    def __init__(self, weight: float = 1.0, levels: int = 1, epsilon: float = 1e-3):
+        super().__init__(weight)
+        self.levels = levels
+        self.epsilon = epsilon
+
+    def measure(self, step: Step) -> Tensor:
+        low = step.reconstruction - step.target
+        levels = []
+        for _ in range(self.levels):
+            low, details = _split(low)
+            levels.append(charbonnier(details, self.epsilon))
+        return torch.stack(levels).mean()
+
+
+def _split(x: Tensor) -> tuple[Tensor, Tensor]:
+    """One Haar level over 2: the block mean (B, C, H/2, W/2) and the details (3, B, C, H/2, W/2).
+
+    An odd last row or column is left out.
+    """
+    height, width = x.shape[-2] // 2 * 2, x.shape[-1] // 2 * 2
+    top, bottom = x[..., 0:height:2, :width], x[..., 1:height:2, :width]
+    low, high = (top + bottom) / 2, (top - bottom) / 2
+    l_left, l_right, h_left, h_right = low[..., 0::2], low[..., 1::2], high[..., 0::2], high[..., 1::2]
+    details = torch.stack([(h_left + h_right) / 2, (l_left - l_right) / 2, (h_left - h_right) / 2])
+    return (l_left + l_right) / 2, details
+
+
+class GaussianDetail(Term):
+    """L1 distance of what a Gaussian blur removes, x - blur(x), with reflection at the border.
+
+    Args:
+        kernel_size: odd number of taps.
+        sigma: standard deviation of the blur in pixels.
+    """
+
+    def __init__(self, weight: float = 1.0, kernel_size: int = 9, sigma: float = 2.0):
+        super().__init__(weight)
+        self.kernel_size = kernel_size
+        self.sigma = sigma
+
+    def measure(self, step: Step) -> Tensor:
+        difference = step.reconstruction - step.target
+        pad = self.kernel_size // 2
+        padded = F.pad(difference, (pad, pad, pad, pad), mode="reflect")
+        return (difference - gaussian_blur(padded, self.kernel_size, self.sigma)).abs().mean()
+
+
+def gaussian_blur(x: Tensor, kernel_size: int, sigma: float) -> Tensor:
+    """Separable Gaussian filter of (B, C, H, W), valid region only: (B, C, H - k + 1, W - k + 1)."""
+    offsets = torch.arange(kernel_size, dtype=x.dtype, device=x.device) - kernel_size // 2
+    taps = torch.exp(-offsets.square() / (2 * sigma**2))
+    taps = taps / taps.sum()
+    channels = x.shape[1]
+    x = F.conv2d(x, taps.view(1, 1, -1, 1).expand(channels, 1, -1, 1), groups=channels)
+    return F.conv2d(x, taps.view(1, 1, 1, -1).expand(channels, 1, 1, -1), groups=channels)

@@ -1,0 +1,76 @@
+"""The frame of every loss term: what a training step offers to it, and the weighted sum of named terms.
+
+A new term is one subclass of `Term` with a ``measure(step)``; a recipe names the class and nothing else changes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from latentae.errors import RequestError
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one training step offers to the terms.
+
+    Attributes:
+        target: the pixels to reconstruct, (B, 3, H, W) in [-1, 1].
+        reconstruction: what the decoder made of them, same shape, about [-1, 1], with gradient.
+        posterior: the distribution from ``encode(pixels).latent_dist``, with gradient; None where a term needs none.
+    """
+
+    target: Tensor
+    reconstruction: Tensor
+    posterior: Any = None
+
+    def at_least_float32(self) -> "Step":
+        """The same step with half precision pixels widened; float64 stays."""
+        return replace(self, target=_widen(self.target), reconstruction=_widen(self.reconstruction))
+
+
+def _widen(pixels: Tensor) -> Tensor:
+    return pixels.float() if pixels.dtype in (torch.bfloat16, torch.float16) else pixels
+
+
+class Term(nn.Module):
+    """One summand of the objective: a scalar, averaged over batch, channels and space, in float32 even under autocast.
+
+    Args:
+        weight: its factor in the sum; the logged value is unweighted.
+    """
+
+    def __init__(self, weight: float = 1.0):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, step: Step) -> Tensor:
+        """The unweighted value, a scalar tensor."""
+        if step.target.shape != step.reconstruction.shape:
+            raise RequestError(
+                f"{type(self).__name__} compares pixels of one shape; the target has {tuple(step.target.shape)} and "
+                f"the reconstruction {tuple(step.reconstruction.shape)}."
+            )
+        with torch.autocast(step.target.device.type, enabled=False):
+            return self.measure(step.at_least_float32())
+
+    def measure(self, step: Step) -> Tensor:
+        """What a subclass defines: the unweighted value of a step whose pixels are float32 or float64."""
+        raise NotImplementedError
+
+
+class Objective(nn.ModuleDict):
+    """The weighted sum of named terms."""
+
+    def __init__(self, terms: Mapping[str, Term]):
+        super().__init__(terms)
+        self.weights = {name: term.weight for name, term in terms.items()}
+
+    def forward(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum, with gradient, and every term's unweighted value by name, detached."""
+        values = {name: term(step) for name, term in self.items()}
+        total = torch.stack([self.weights[name] * value for name, value in values.items()]).sum()
+        return total, {name: value.detach() for name, value in values.items()}

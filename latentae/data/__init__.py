@@ -1,0 +1,1 @@
+"""Pixels in: bytes to pixels, sources of images, crops, and the data set that training reads."""

@@ -1,0 +1,99 @@
+"""Turn a folder of images into a store of latents.
+
+  latentae encode photos/ latents/ --model runs/my-run --size 256
+
+Kill it and run the same command again: it goes on where it was, and the result is the same to the byte. Every image
+ends as a row: encoded, or listed with its reason in latents/quarantine.parquet. A store is only continued with the
+model, the options and the images that it was begun with; where something changed, the command says what and stops.
+Latents are stored raw: latents/store.json records the model's scaling, and latentae.LatentStore applies it on request.
+"""
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("src", metavar="SRC", help="folder of images (with all folders below it), or one image")
+    parser.add_argument("dst", metavar="DST", help="the store: a new folder, or the one to go on with")
+    add_model_arguments(parser, required=True)
+    parser.add_argument(
+        "--size",
+        default="256",
+        help="side of the centre crop, a multiple of the model's ratio; 'native' keeps whole images (default 256)",
+    )
+    parser.add_argument("--kind", default="mode", help="mode (default), moments, or sample, drawn once per image")
+    parser.add_argument("--dtype", default="float32", help="of the stored latents: float32, float16 or bfloat16")
+    parser.add_argument("--seed", type=int, default=0, help="of --kind sample")
+    parser.add_argument("--shard-size", type=int, default=1000, metavar="N", help="images per shard (default 1000)")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="images per batch (default 16)")
+    parser.add_argument("--workers", type=int, default=2, metavar="N", help="threads that read and decode (default 2)")
+    parser.add_argument("--limit", type=int, metavar="N", help="plan only the first N images; part of the plan")
+    add_max_bad(parser)
+    parser.add_argument("--retry-failed", action="store_true", help="try bad images of earlier runs again")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    """Options that encode, decode and reconstruct share."""
+    parser.add_argument("--model", required=required, help="folder, run, checkpoint, hub id or tiny preset")
+    parser.add_argument("--random-weights", action="store_true", help="allow a preset without its published weights")
+    parser.add_argument("--device", help="such as cuda:1 or cpu; by default a GPU where there is one")
+    parser.add_argument("--autocast", choices=["bfloat16", "float16"], help="run the model under autocast")
+    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
+
+
+def add_max_bad(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-bad",
+        type=share_or_number,
+        default=0.01,
+        metavar="N",
+        help="bad images that are tolerated: a share such as 0.01 (default) or a number such as 5; beyond: exit code 3",
+    )
+
+
+def share_or_number(text: str) -> float:
+    """``0.01`` is a share and ``5`` a number."""
+    return int(text) if text.isdecimal() else float(text)
+
+
+def autocast_dtype(args: argparse.Namespace):  # type: ignore[no-untyped-def]
+    import torch
+
+    return args.autocast and getattr(torch, args.autocast)
+
+
+def run(args: argparse.Namespace) -> int:
+    import json
+
+    from latentae.console import say
+    from latentae.errors import RequestError
+    from latentae.store.encode import encode_dataset
+
+    if not (args.size == "native" or args.size.isdecimal()):
+        raise RequestError(f"--size {args.size}: expected a number of pixels or 'native'.")
+    summary = encode_dataset(
+        args.src,
+        args.dst,
+        args.model,
+        size=args.size if args.size == "native" else int(args.size),
+        shard_size=args.shard_size,
+        batch_size=args.batch_size,
+        kind=args.kind,
+        dtype=args.dtype,
+        seed=args.seed,
+        max_bad=args.max_bad,
+        limit=args.limit,
+        workers=args.workers,
+        device=args.device,
+        autocast=autocast_dtype(args),
+        random_weights=args.random_weights,
+        retry_failed=args.retry_failed,
+    )
+    if args.json:
+        print(json.dumps(summary.to_dict()))
+        return 0
+    if summary.bad:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in summary.reasons.items())
+        say(f"{summary.bad} bad inputs ({reasons}): see {args.dst}/quarantine.parquet")
+    now = f"{summary.encoded_now} now, {summary.images_per_second:.1f} images/s" if summary.encoded_now else "none new"
+    print(f"{args.dst}: {summary.encoded} of {summary.inputs} images in {summary.shards} shards ({now})")
+    return 0

@@ -1,0 +1,124 @@
+"""A store of latents back to image files, under the paths that their keys give."""
+
+import time
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from latentae.codec import LatentCodec, Latents
+from latentae.console import Progress
+from latentae.errors import DataError, RequestError
+from latentae.loading import weights_hash
+from latentae.store.configuration import NATIVE, check_counts, open_codec
+from latentae.store.images import ImageWriter
+from latentae.store.memory import BatchRunner, batch_for
+from latentae.store.reader import LatentStore
+
+
+@dataclass(frozen=True)
+class DecodeSummary:
+    """What a run of `decode_store` wrote; ``missing`` inputs of the plan have no latents (bad, or not encoded yet)."""
+
+    folder: str
+    images: int
+    missing: int
+    seconds: float
+
+    @property
+    def images_per_second(self) -> float:
+        return self.images / self.seconds if self.seconds > 0 else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "images_per_second": self.images_per_second}
+
+
+def decode_store(
+    store: LatentStore | str | Path,
+    dst: str | Path,
+    model: LatentCodec | nn.Module | str | Path | None = None,
+    *,
+    format: str = "png",
+    batch_size: int = 16,
+    workers: int = 2,
+    device: str | torch.device | None = None,
+    autocast: torch.dtype | None = None,
+    random_weights: bool = False,
+    allow_other_model: bool = False,
+) -> DecodeSummary:
+    """Decode every encoded input of ``store`` to a lossless image below ``dst``.
+
+    The key ``a/b.jpg`` becomes ``a/b.png``; images of a store of native sizes are cropped to their own size again.
+    Images that are there already are replaced.
+
+    Args:
+        model: what decodes; by default the model that encoded, by the name in ``store.json``.
+        format: ``png`` or ``webp``.
+        allow_other_model: accept a model whose weights are not those that encoded (a fine-tuned decoder, say).
+
+    Raises:
+        RequestError: no store, no model, or a model with other weights.
+        DataError: a shard is not what was written, or a key would lead out of ``dst``.
+    """
+    check_counts(batch_size=batch_size, workers=workers)
+    store = store if isinstance(store, LatentStore) else LatentStore(store)
+    if not len(store):
+        raise RequestError(f"{store.path} has no encoded inputs yet: nothing to decode.")
+    if problems := store.verify():
+        raise DataError(f"{len(problems)} files of the store are damaged; the first: {problems[0]}")
+    inputs = (item.uri for item in store.plan.items())
+    writer = ImageWriter(Path(dst), store.keys, inputs, format=format, workers=workers)
+    codec = _open_decoder(store, model, device, autocast, random_weights, allow_other_model)
+
+    native = store.config["preprocess"]["size"] == NATIVE
+    runner = BatchRunner(batch_size)
+    started = time.monotonic()
+    with writer, Progress("decode", len(store)) as progress:
+        for rows, latents in store.shards():
+            height, width = latents.shape[-2:]
+            step = batch_for(batch_size, (height * codec.spatial_ratio, width * codec.spatial_ratio))
+            for start in range(0, len(rows), step):
+                batch = rows[start : start + step]
+                pixels = runner.run(partial(decode_raw, codec), latents[start : start + step])
+                for row, image in zip(batch, pixels):
+                    crop = image[:, : row["height"], : row["width"]] if native else image
+                    writer.write(row["key"], crop)
+                progress.advance(len(batch))
+    missing = store.plan.inputs - len(store)
+    return DecodeSummary(str(dst), len(store), missing, time.monotonic() - started)
+
+
+def decode_raw(codec: LatentCodec, latents: Tensor) -> Tensor:
+    """Stored latents (B, C, h, w), or (B, C, 1, h, w) of a video autoencoder, to float pixels (B, 3, H, W)."""
+    height, width = (side * codec.spatial_ratio for side in latents.shape[-2:])
+    return codec.decode(Latents(codec.normalise(latents.to(codec.device)), height, width))
+
+
+def _open_decoder(
+    store: LatentStore,
+    model: LatentCodec | nn.Module | str | Path | None,
+    device: str | torch.device | None,
+    autocast: torch.dtype | None,
+    random_weights: bool,
+    allow_other_model: bool,
+) -> LatentCodec:
+    recorded = store.config["model"]
+    if model is None and recorded["name"] is None:
+        raise RequestError(f"{store.path} does not say where its {recorded['class']} is: give a model.")
+    # a model found by its recorded name is held to the recorded weights below, random or not
+    known = model is None
+    codec, _ = open_codec(
+        recorded["name"] if model is None else model,
+        device=device,
+        autocast=autocast,
+        random_weights=random_weights or known,
+    )
+    if not allow_other_model and weights_hash(codec.autoencoder) != recorded["weights_sha256"]:
+        raise RequestError(
+            f"The model {model or recorded['name']} does not have the weights that encoded {store.path} "
+            f"({recorded['class']} {recorded['weights_sha256'][:12]}): give that model, or allow another one."
+        )
+    return codec

@@ -1,0 +1,202 @@
+"""Read a store of latents back, for training and for decoding; it may still be growing.
+
+A `LatentStore` is a snapshot: it sees the shards that had their commit marker when it was opened. Latents come raw, as
+the encoder gave them; what a diffusion model sees is one call away, `LatentStore.normalise`.
+"""
+
+import bisect
+import math
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor
+
+from latentae.errors import DataError, RequestError
+from latentae.files import sha256_file
+from latentae.store.configuration import read_configuration, store_fingerprint
+from latentae.store.plan import Plan, Shard
+from latentae.store.shard import is_committed, read_marker, read_rows, shard_files
+
+OPEN_SHARDS = 64
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Per channel, over every position of every image: mean and standard deviation of the latents, float64 (C,).
+
+    For a store of moments they are those of the modes, and ``sample_std`` is the standard deviation of draws.
+    """
+
+    images: int
+    mean: Tensor
+    std: Tensor
+    sample_std: Tensor | None = None
+
+
+class _OpenShard:
+    """A shard with its file mapped into memory and its encoded rows at hand."""
+
+    def __init__(self, store: Path, shard: Shard, tensor: str):
+        path = shard_files(store, shard)[0]
+        rows = read_rows(store, shard, ["key", "label", "height", "width", "row"])
+        every = (dict(zip(rows, values)) for values in zip(*rows.values()))
+        self.rows = [
+            {**row, "label": -1 if row["label"] is None else row["label"]} for row in every if row["row"] is not None
+        ]
+        try:
+            self.latents = safetensors.safe_open(path, framework="pt").get_slice(tensor)
+        except (safetensors.SafetensorError, FileNotFoundError) as error:
+            raise DataError(f"{path} cannot be read ({error}): delete {path.stem}.json and encode again.") from error
+
+
+class LatentStore:
+    """The encoded inputs of a store, in the order of its plan.
+
+    ``len(store)`` counts them and ``store[i]`` is a dictionary with ``key``, ``label`` (-1 if there is none),
+    ``height`` and ``width`` of the source image, and ``latents``, (C, h, w); from a store of moments ``latents`` are
+    the mode, and ``moments``, (2C, h, w), are mean and log-variance. Copies in other processes share nothing but the
+    files, so a DataLoader may have workers.
+
+    Raises:
+        RequestError: ``path`` is no store.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.config: dict[str, Any] = read_configuration(self.path)
+        self._tensor = "moments" if self.config["kind"] == "moments" else "latents"
+        self.plan = Plan.load(self.path / "plan.parquet")
+        self._fingerprint = store_fingerprint(self.config)
+        self._committed = [
+            (shard, marker)
+            for shard in self.plan.shards
+            if is_committed(self.path, shard, self._fingerprint)
+            and (marker := read_marker(self.path, shard, self._fingerprint)) is not None
+        ]
+        self._filled = [(shard, marker) for shard, marker in self._committed if marker["encoded"]]
+        self._ends = list(accumulate(marker["encoded"] for _, marker in self._filled))
+        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether every shard of the plan was there when the store was opened."""
+        return len(self._committed) == len(self.plan.shards)
+
+    @property
+    def keys(self) -> list[str]:
+        """Keys of the encoded inputs: ``keys[i]`` is ``store[i]["key"]``."""
+        keys = []
+        for shard, _ in self._filled:
+            rows = read_rows(self.path, shard, ["key", "status"])
+            keys += [key for key, status in zip(rows["key"], rows["status"]) if status == "ok"]
+        return keys
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index {index} of a store of {len(self)}")
+        index %= len(self)
+        number = bisect.bisect_right(self._ends, index)
+        shard = self._shard(number)
+        row = shard.rows[index - (self._ends[number - 1] if number else 0)]
+        stored = shard.latents[row["row"]]
+        item = {name: row[name] for name in ("key", "label", "height", "width")}
+        if self._tensor == "moments":
+            return {**item, "latents": stored.chunk(2)[0], "moments": stored}
+        return {**item, "latents": stored}
+
+    def shards(self) -> Iterator[tuple[list[dict[str, Any]], Tensor]]:
+        """Shard by shard, the rows of its encoded inputs and their latents, (N, C, h, w)."""
+        for number in range(len(self._filled)):
+            shard = self._shard(number)
+            stored = shard.latents[:]
+            yield shard.rows, stored.chunk(2, dim=1)[0] if self._tensor == "moments" else stored
+
+    def _shard(self, number: int) -> _OpenShard:
+        if number not in self._open:
+            self._open[number] = _OpenShard(self.path, self._filled[number][0], self._tensor)
+            if len(self._open) > OPEN_SHARDS:
+                self._open.popitem(last=False)
+        self._open.move_to_end(number)
+        return self._open[number]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": OrderedDict()}
+
+    def statistics(self) -> Statistics:
+        """Mean and standard deviation of each latent channel, merged from the commit markers; no latents are read.
+
+        Raises:
+            RequestError: nothing is encoded yet.
+        """
+        if not self._filled:
+            raise RequestError(f"{self.path} has no encoded inputs yet, so it has no statistics.")
+        markers = [marker for _, marker in self._filled]
+        channels = len(markers[0]["sum"])
+        count = sum(m["encoded"] * math.prod(m["latent_shape"][1:]) for m in markers)
+
+        def mean_of(name: str) -> Tensor:
+            return torch.tensor(
+                [math.fsum(m[name][channel] for m in markers) / count for channel in range(channels)],
+                dtype=torch.float64,
+            )
+
+        mean = mean_of("sum")
+        variance = (mean_of("sum_of_squares") - mean**2).clamp(min=0)
+        drawn = (variance + mean_of("sum_of_variances")).sqrt() if self._tensor == "moments" else None
+        return Statistics(len(self), mean, variance.sqrt(), drawn)
+
+    def normalise(self, latents: Tensor, *, by: str = "model") -> Tensor:
+        """Raw latents (C, ...) or (B, C, ...) to what a diffusion model sees, in fp32.
+
+        Args:
+            by: ``model``: as the model's configuration states, ``(z - shift_factor) * scaling_factor``, or per channel
+                ``(z - latents_mean) * scaling_factor / latents_std``; ``data``: by the `statistics` of this store to
+                mean 0 and standard deviation 1 in each channel.
+        """
+        if by == "model":
+            values = self.config["normalisation"]
+            if values["latents_mean"] is None or values["latents_std"] is None:
+                return (latents.float() - values["shift_factor"]) * values["scaling_factor"]
+            mean, std = torch.tensor(values["latents_mean"]), torch.tensor(values["latents_std"])
+            scale = values["scaling_factor"] / std
+        elif by == "data":
+            statistics = self.statistics()
+            std = statistics.std if statistics.sample_std is None else statistics.sample_std
+            mean, scale = statistics.mean.float(), 1 / std.float()
+        else:
+            raise RequestError(f"by={by!r}; expected 'model' or 'data'.")
+        axes = latents.ndim - (1 if latents.ndim == self._stored_dimensions else 2)
+        shape = (-1,) + (1,) * axes
+        return (latents.float() - mean.view(shape).to(latents.device)) * scale.view(shape).to(latents.device)
+
+    @property
+    def _stored_dimensions(self) -> int:
+        return len(self._filled[0][1]["latent_shape"]) if self._filled else 3
+
+    def verify(self) -> list[str]:
+        """Hash every committed file again.
+
+        Returns:
+            One sentence for each file that is not what was committed, none if all are.
+        """
+        problems = []
+        for shard in self.plan.shards:
+            marker = read_marker(self.path, shard, self._fingerprint)
+            if marker is None:
+                continue
+            data, rows, marker_path = shard_files(self.path, shard)
+            for path, committed in ((data, marker["data"]), (rows, marker["rows"])):
+                if committed is None or (path.is_file() and sha256_file(path) == committed["sha256"]):
+                    continue
+                what = "is not what was written" if path.exists() else "is missing"
+                problems.append(f"{path} {what}: delete {marker_path.name} and run the same encode command again.")
+        return problems

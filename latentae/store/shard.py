@@ -1,0 +1,214 @@
+"""One shard on disk: its latents, a row for every input, and last of all the marker that makes it count.
+
+    shards/00042.safetensors   latents (N, C, h, w) or moments (N, 2C, h, w), and labels (N,) where the source has any
+    shards/00042.parquet       one row per input, encoded or not
+    shards/00042.json          the commit marker: counts, hashes, channel sums
+
+A shard without a marker does not exist, whatever else lies there. All three files are functions of the inputs, the
+model and the batch size, so publishing a shard twice, even from two processes at once, changes nothing.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from latentae.data.sources import Item
+from latentae.errors import DataError
+from latentae.files import atomic_write, fsync_folder, read_json, write_json
+from latentae.store.plan import Shard
+from latentae.store.tables import read_table, table_bytes
+
+ROW_COLUMNS = {
+    "key": "string",
+    "uri": "string",
+    "status": "string",  # ok or bad
+    "reason": "string",  # a short code, of bad inputs
+    "message": "string",
+    "sha256": "string",  # of the input's bytes
+    "bytes": "int64",
+    "height": "int32",  # of the image as it is shown, after EXIF rotation
+    "width": "int32",
+    "crop_top": "int32",  # the part of the image that was encoded, in its own pixels
+    "crop_left": "int32",
+    "crop_height": "int32",
+    "crop_width": "int32",
+    "label": "int64",
+    "row": "int32",  # where its latents stand in the shard
+}
+
+
+@dataclass
+class Sample:
+    """One input on its way into a shard. In the end it has either ``latents`` or a ``reason`` why not.
+
+    pixels: uint8 (3, H, W); latents: what is stored, (C, h, w), or (2C, h, w) for moments.
+    """
+
+    item: Item
+    sha256: str | None = None
+    bytes: int | None = None
+    height: int | None = None
+    width: int | None = None
+    crop: tuple[int, int, int, int] | None = None
+    pixels: Tensor | None = None
+    latents: Tensor | None = None
+    reason: str | None = None
+    message: str | None = None
+
+    def fail(self, reason: str, message: str) -> None:
+        self.reason, self.message, self.pixels, self.latents = reason, message, None, None
+
+
+def shard_files(store: Path, shard: Shard) -> tuple[Path, Path, Path]:
+    """Paths of the data, the rows and the marker of ``shard``."""
+    folder = store / "shards"
+    return folder / f"{shard.name}.safetensors", folder / f"{shard.name}.parquet", folder / f"{shard.name}.json"
+
+
+def read_marker(store: Path, shard: Shard, fingerprint: str) -> dict[str, Any] | None:
+    """The commit marker of ``shard``, or None if there is none for this store."""
+    try:
+        marker = read_json(shard_files(store, shard)[2])
+    except (FileNotFoundError, ValueError):
+        return None
+    return marker if marker["fingerprint"] == fingerprint else None
+
+
+def is_committed(store: Path, shard: Shard, fingerprint: str) -> bool:
+    """Whether ``shard`` is done: it has a marker, and files of the lengths that the marker says."""
+    marker = read_marker(store, shard, fingerprint)
+    data, rows, _ = shard_files(store, shard)
+    files = ((data, "data"), (rows, "rows"))
+    return marker is not None and all(
+        path.is_file() and path.stat().st_size == marker[part]["bytes"] for path, part in files if marker[part]
+    )
+
+
+def publish(store: Path, shard: Shard, samples: list[Sample], *, kind: str, fingerprint: str, batch_size: int) -> None:
+    """Write a shard whose ``samples`` stand in the order of its items.
+
+    Whatever happens on the way, a marker only ever stands for files that are on disk.
+    """
+    data_path, rows_path, marker_path = shard_files(store, shard)
+    encoded = [sample for sample in samples if sample.latents is not None]
+    stored = torch.stack([sample.latents for sample in encoded if sample.latents is not None]) if encoded else None
+    data = None if stored is None else _serialise(encoded, stored, kind)
+    rows = table_bytes(ROW_COLUMNS, _rows(samples))
+    marker = {
+        "shard": shard.index,
+        "fingerprint": fingerprint,
+        "inputs": len(samples),
+        "encoded": len(encoded),
+        "bad": len(samples) - len(encoded),
+        "batch_size": batch_size,
+        "latent_shape": None if stored is None else list(stored.shape[1:]),
+        "data": None if data is None else _identity(data),
+        "rows": _identity(rows),
+        **({} if stored is None else channel_sums(stored, kind)),
+    }
+    if is_committed(store, shard, fingerprint) and read_marker(store, shard, fingerprint) == marker:
+        return
+    marker_path.unlink(missing_ok=True)  # another version of this shard stops counting before its files change
+    fsync_folder(marker_path.parent)
+    if data is None:
+        data_path.unlink(missing_ok=True)
+    else:
+        _write(data_path, data)
+    _write(rows_path, rows)
+    write_json(marker_path, marker)
+
+
+def _identity(content: bytes) -> dict[str, Any]:
+    return {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+
+
+def _write(path: Path, content: bytes) -> None:
+    with atomic_write(path) as stream:
+        stream.write(content)
+
+
+def _serialise(encoded: list[Sample], stored: Tensor, kind: str) -> bytes:
+    tensors = {"moments" if kind == "moments" else "latents": stored}
+    labels = [sample.item.label for sample in encoded]
+    if any(label is not None for label in labels):
+        tensors["labels"] = torch.tensor([-1 if label is None else label for label in labels])
+    return safetensors.torch.save(tensors)
+
+
+def channel_sums(stored: Tensor, kind: str) -> dict[str, list[float]]:
+    """Per channel, in float64, the sums of the latents and of their squares, which add up over shards.
+
+    Moments count with their means, and the sum of their variances is given beside. The sums are taken image by
+    image with one thread, so that they depend on nothing but the values.
+    """
+    images = stored.double().flatten(2).numpy()  # (N, C or 2C, positions)
+    if kind != "moments":
+        return {"sum": _sum(images), "sum_of_squares": _sum(images**2)}
+    mean, log_variance = np.split(images, 2, axis=1)
+    return {"sum": _sum(mean), "sum_of_squares": _sum(mean**2), "sum_of_variances": _sum(np.exp(log_variance))}
+
+
+def _sum(images: np.ndarray) -> list[float]:
+    return images.sum(axis=2).sum(axis=0).tolist()
+
+
+def _rows(samples: list[Sample]) -> dict[str, list[Any]]:
+    rows = []
+    encoded = 0
+    for sample in samples:
+        item, good = sample.item, sample.latents is not None
+        top, left, height, width = sample.crop or (None,) * 4
+        status = ("ok", None, None) if good else ("bad", sample.reason, sample.message)
+        source = (sample.sha256, sample.bytes, sample.height, sample.width, top, left, height, width, item.label)
+        rows.append((item.key, item.uri, *status, *source, encoded if good else None))
+        encoded += good
+    return dict(zip(ROW_COLUMNS, map(list, zip(*rows))))
+
+
+def read_rows(store: Path, shard: Shard, columns: list[str] | None = None) -> dict[str, list[Any]]:
+    """The row file of a committed shard, by column."""
+    return read_table(shard_files(store, shard)[1], columns)
+
+
+def read_samples(store: Path, shard: Shard, kind: str) -> list[Sample]:
+    """A committed shard as `publish` got it, to be published again with some of its samples replaced."""
+    rows = read_rows(store, shard)
+    path = shard_files(store, shard)[0]
+    stored = load_tensors(path)["moments" if kind == "moments" else "latents"] if path.exists() else ()
+    samples = []
+    for item, row in zip(shard.items, (dict(zip(rows, values)) for values in zip(*rows.values()))):
+        crop = (row["crop_top"], row["crop_left"], row["crop_height"], row["crop_width"])
+        samples.append(
+            Sample(
+                item=item,
+                sha256=row["sha256"],
+                bytes=row["bytes"],
+                height=row["height"],
+                width=row["width"],
+                crop=None if crop[0] is None else crop,
+                latents=None if row["row"] is None else stored[row["row"]],
+                reason=row["reason"],
+                message=row["message"],
+            )
+        )
+    return samples
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a data file.
+
+    Raises:
+        DataError: the file is absent or damaged.
+    """
+    try:
+        return safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, FileNotFoundError) as error:
+        raise DataError(
+            f"{path} cannot be read ({error}): delete {path.with_suffix('.json')} and encode again."
+        ) from error

@@ -14,8 +14,8 @@
 | PNG gAMA, cHRM, cICP chunks | ignored                                                                             |
 
 What cannot be decoded raises `BadImage` with a reason: ``empty``, ``not-an-image``, ``truncated``, ``damaged``,
-``too-large`` (by the header, before anything is decoded) or ``unsupported``. JPEG, WebP and BMP carry no checksum:
-bits that flipped inside them are not noticed.
+``too-large`` (by the header, before anything is decoded) or ``unsupported``. JPEG, WebP, AVIF and BMP carry no
+checksum: bits that flipped inside them are not noticed.
 """
 
 import io
@@ -45,7 +45,8 @@ from PIL import (
 
 from latentae.errors import DataError
 
-# Readers are called by name and not through Image.open, whose size limit is a global that threads would share.
+# Readers are called by name and not through Image.open, whose size limit is a global that threads would share; those
+# of TIFF and WebP look at it all the same, at twice Image.MAX_IMAGE_PIXELS.
 FORMATS: dict[str, tuple[type[ImageFile.ImageFile], bytes]] = {
     "JPEG": (JpegImagePlugin.JpegImageFile, rb"\xff\xd8\xff"),
     "PNG": (PngImagePlugin.PngImageFile, rb"\x89PNG\r\n\x1a\n"),
@@ -179,6 +180,11 @@ def _is_cut(name: str | None, data: bytes) -> bool:
         return len(data) < int.from_bytes(data[2:6], "little")
     if name == "TIFF":  # its directory often stands at the end
         return len(data) <= int.from_bytes(data[4:8], "little" if data[:2] == b"II" else "big")
+    if name == "AVIF":
+        end = 0
+        while end + 8 <= len(data) and (length := int.from_bytes(data[end : end + 4], "big")) >= 8:
+            end += length  # from box to box
+        return end + 8 > len(data) and end != len(data)
     return False
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from latentae.errors import MissingExtra, RequestError
+from latentae.files import sha256_file
 from latentae.metrics.image import ExactSums, full_precision
 from latentae.weights import find_weight_file, open_state_dict
 
@@ -125,8 +126,10 @@ class FrechetInceptionDistance(FrechetDistance):
     """
 
     def __init__(self, weights: str | Path | None = None, keep_originals: bool = False, **arguments: Any) -> None:
-        super().__init__(_inception(find_weight_file("inception", weights)), 2048, keep_originals, **arguments)
+        file = find_weight_file("inception", weights)
+        super().__init__(_inception(file), 2048, keep_originals, **arguments)
         self.published = weights is None
+        self.weights_sha256 = sha256_file(file)
 
 
 class _First(torch.nn.Module):

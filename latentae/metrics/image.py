@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from latentae.errors import MissingExtra, RequestError
+from latentae.files import sha256_file
 from latentae.nn.pixels import to_float
 from latentae.weights import find_weight_file, open_state_dict
 
@@ -210,7 +211,9 @@ class LPIPSMetric(MeanOfImages):
         if net not in LPIPS_BACKBONES:
             raise RequestError(f"LPIPS has no net {net!r}: choose {' or '.join(LPIPS_BACKBONES)}.")
         self.net = net
-        self._network = (_lpips_network(net, find_weight_file(LPIPS_BACKBONES[net], weights)),)
+        file = find_weight_file(LPIPS_BACKBONES[net], weights)
+        self.weights_sha256 = sha256_file(file)
+        self._network = (_lpips_network(net, file),)
 
     def values(self, reconstruction: Tensor, reference: Tensor) -> Tensor:
         network = self._network[0].to(reference.device)

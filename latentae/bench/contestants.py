@@ -1,0 +1,93 @@
+"""The models of a benchmark: opened before anything is measured, moved to their device one at a time, described."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from latentae.bench.speed import count_gmac, count_parameters, device_name
+from latentae.codec import LatentCodec
+from latentae.errors import RequestError
+from latentae.loading import load_model, weights_hash
+
+Model = str | Path | nn.Module | LatentCodec
+
+
+@dataclass
+class Contestant:
+    """An opened model and its name."""
+
+    name: str
+    model: nn.Module | LatentCodec
+    device: torch.device
+    dtype: torch.dtype
+
+    def codec(self) -> LatentCodec:
+        """The model on its device; a codec is taken as it is."""
+        if isinstance(self.model, LatentCodec):
+            return self.model
+        return LatentCodec(self.model, device=self.device, dtype=self.dtype)
+
+
+def open_contestants(
+    models: Sequence[Model | tuple[str, Model]],
+    *,
+    device: str | torch.device | None,
+    dtype: str | torch.dtype,
+    random_weights: bool,
+) -> list[Contestant]:
+    """Open every model, on the CPU, so that a misspelt name is found at once and not after the others were measured.
+
+    Raises:
+        RequestError: there is no model, two have one name, or the device or the dtype is none.
+        MissingWeights: a model is not on this machine.
+    """
+    where = _usable_device(device)
+    precision = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(precision, torch.dtype) or not precision.is_floating_point:
+        raise RequestError(f"dtype={dtype!r}; expected float32, bfloat16 or float16.")
+    if not models:
+        raise RequestError("There is no model to measure: name at least one.")
+    contestants = []
+    for entry in models:
+        name, model = entry if isinstance(entry, tuple) else (None, entry)
+        if isinstance(model, str | Path):
+            name, model = name or str(model), load_model(model, random_weights=random_weights)
+        inner = model.autoencoder if isinstance(model, LatentCodec) else model
+        contestants.append(Contestant(name or type(inner).__name__, model, where, precision))
+    names = [contestant.name for contestant in contestants]
+    for name in names:
+        if names.count(name) > 1:
+            raise RequestError(f"Two models are called {name!r}: give them names, NAME=MODEL or (name, model).")
+    return contestants
+
+
+def describe(codec: LatentCodec, size: int) -> dict[str, Any]:
+    """What a model is, whatever the images are; arithmetic is counted for one image of ``size`` x ``size``."""
+    autoencoder = codec.autoencoder
+    precision = str(codec.autocast or codec.dtype).removeprefix("torch.")
+    return {
+        "class": type(autoencoder).__name__,
+        "weights_sha256": weights_hash(autoencoder),
+        "dtype": f"autocast to {precision}" if codec.autocast else precision,
+        "device": device_name(codec.device),
+        "spatial_ratio": codec.spatial_ratio,
+        "temporal_ratio": codec.temporal_ratio,
+        "latent_channels": codec.latent_channels,
+        "floats_per_pixel": codec.latent_channels / codec.spatial_ratio**2,
+        "normalisation": codec.normalisation,
+        "parameters": count_parameters(autoencoder),
+        "gmac": count_gmac(codec, size),
+    }
+
+
+def _usable_device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise RequestError(f"device={str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,68 @@
+"""``results.json``: written whole or not at all, read back, and summed up as a plain table."""
+
+from pathlib import Path
+from typing import Any
+
+from latentae.bench.quality import METRICS
+from latentae.console import format_table
+from latentae.errors import RequestError
+from latentae.files import read_json, write_json
+
+SCHEMA = 1
+LABELS = {"psnr": "PSNR", "ssim": "SSIM", "lpips_alex": "LPIPS alex", "lpips_vgg": "LPIPS vgg", "rfid": "rFID"}
+
+
+def write_results(results: dict[str, Any], folder: Path | str) -> Path:
+    """Write ``results.json`` into a folder and return its path."""
+    path = Path(folder) / "results.json"
+    write_json(path, results)
+    return path
+
+
+def read_results(path: Path | str) -> dict[str, Any]:
+    """Read what `write_results` wrote.
+
+    Args:
+        path: the file or its folder.
+
+    Raises:
+        RequestError: it is of another schema.
+    """
+    path = Path(path) / "results.json" if Path(path).is_dir() else Path(path)
+    results = read_json(path)
+    if not isinstance(results, dict) or results.get("schema") != SCHEMA:
+        raise RequestError(f"{path} is no results.json of this version of latentae (schema {SCHEMA}).")
+    return results
+
+
+def measured_metrics(results: dict[str, Any]) -> list[str]:
+    """The metrics that at least one model has a value for, in the order of `METRICS`."""
+    return [name for name in METRICS if any(m["metrics"].get(name) is not None for m in results["models"])]
+
+
+def shape_label(model: dict[str, Any]) -> str:
+    """The field's shorthand, such as f32c32, or t4f8c16 with time."""
+    time = f"t{model['temporal_ratio']}" if model["temporal_ratio"] > 1 else ""
+    return f"{time}f{model['spatial_ratio']}c{model['latent_channels']}"
+
+
+def summarise(results: dict[str, Any]) -> str:
+    """The table for the terminal with the protocol at its foot."""
+    metrics = measured_metrics(results)
+    with_speed = any(model["speed"] for model in results["models"])
+    header = ["model", "latents", *(LABELS[name] for name in metrics)]
+    header += ["encode img/s", "decode img/s"] if with_speed else []
+    rows: list[list[object]] = []
+    for model in results["models"]:
+        row = [model["name"], shape_label(model), *(model["metrics"].get(name) for name in metrics)]
+        if with_speed:
+            row += [model["speed"][half]["images_per_second"] for half in ("encode", "decode")]
+        rows.append(row)
+    for baseline in results.get("baselines", []):
+        rows.append([baseline["name"], "", *(baseline.get(name) for name in metrics), *[None, None][: 2 * with_speed]])
+    protocol, versions = results["protocol"], results["versions"]
+    shown = ["size", "crop", "encode", "dtype", "quantisation", *metrics]
+    foot = [f"protocol {results['protocol_sha256'][:12]}: {protocol['images']} images of {protocol['size']} px"]
+    foot += [f"  {name}: {protocol[name]}" for name in shown if name != "size"]
+    foot += ["versions: " + ", ".join(f"{name} {version}" for name, version in versions.items() if version)]
+    return "\n".join([format_table(header, rows), "", *foot])

@@ -1,0 +1,130 @@
+"""What a model costs: seconds of encode and decode, peak memory, multiply-accumulates and parameters.
+
+Encode and decode are timed apart, on fixed random pixels that are already on the device, after warm-up. Arithmetic is
+counted on fake tensors, which have shapes and no values.
+"""
+
+import contextlib
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from latentae.codec import LatentCodec
+
+WARM_UP = {"cpu": 1, "cuda": 10}
+ENOUGH_SECONDS = 20.0  # a slow model is measured fewer times, but at least three
+
+
+def measure_speed(codec: LatentCodec, size: int, batch_size: int = 1, repeats: int = 20) -> dict[str, Any]:
+    """Time ``codec.encode`` and ``codec.decode`` at ``size`` x ``size``.
+
+    Returns:
+        The conditions, and for ``encode`` and ``decode`` each ``images_per_second`` with its quartiles,
+        ``seconds_per_batch`` (median), ``repeats`` and ``peak_memory_bytes``: allocated on a CUDA device, resident in
+        the whole process on Linux, else None.
+    """
+    generator = torch.Generator().manual_seed(0)
+    pixels = (torch.rand(batch_size, 3, size, size, generator=generator) * 2 - 1).to(codec.device)
+    latents = codec.encode(pixels)
+    return {
+        "size": size,
+        "batch_size": batch_size,
+        "device": device_name(codec.device),
+        "dtype": str(codec.autocast or codec.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads() if codec.device.type == "cpu" else None,
+        "load_average": os.getloadavg()[0],
+        "memory_is": "allocated on the device" if codec.device.type == "cuda" else "resident in the process",
+        "encode": _time(lambda: codec.encode(pixels), codec.device, batch_size, repeats),
+        "decode": _time(lambda: codec.decode(latents), codec.device, batch_size, repeats),
+    }
+
+
+def _time(step: Callable[[], object], device: torch.device, batch_size: int, repeats: int) -> dict[str, Any]:
+    for _ in range(WARM_UP.get(device.type, 3)):
+        step()
+    _reset_peak_memory(device)
+    seconds: list[float] = []
+    while len(seconds) < 3 or (len(seconds) < repeats and sum(seconds) < ENOUGH_SECONDS):
+        seconds.append(_seconds(step, device))
+    first, median, third = statistics.quantiles(seconds, n=4, method="inclusive")
+    return {
+        "images_per_second": batch_size / median,
+        "quartiles": [batch_size / third, batch_size / first],
+        "seconds_per_batch": median,
+        "repeats": len(seconds),
+        "peak_memory_bytes": _peak_memory(device),
+    }
+
+
+def _seconds(step: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        step()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000
+    started = time.perf_counter()
+    step()
+    if device.type == "mps":
+        torch.mps.synchronize()
+    return time.perf_counter() - started
+
+
+def _reset_peak_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        # Resets VmHWM, the high-water mark of resident memory. Some containers forbid it: the mark is then that of the
+        # whole run, an upper bound.
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_memory(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform != "linux":
+        return None
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next((int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM")), None)
+
+
+def device_name(device: torch.device) -> str:
+    """``cpu``, ``mps``, or the name of the GPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def count_parameters(autoencoder: nn.Module) -> dict[str, int]:
+    """Parameters of the whole model and, where it has such halves, of ``encoder`` and ``decoder``."""
+    halves = {name: getattr(autoencoder, name, None) for name in ("encoder", "decoder")}
+    modules = {name: half for name, half in halves.items() if isinstance(half, nn.Module)}
+    return {name: sum(p.numel() for p in m.parameters()) for name, m in {**modules, "total": autoencoder}.items()}
+
+
+def count_gmac(codec: LatentCodec, size: int) -> dict[str, Any]:
+    """10^9 multiply-accumulates of ``encode`` and ``decode`` of one ``size`` x ``size`` image.
+
+    Convolutions, matrix products and attention count; norms and element-wise work do not (papers that say GFLOPs
+    often mean these MACs). ``{"reason": ...}`` where a model cannot run on fake tensors.
+    """
+    codec = LatentCodec(codec.autoencoder)  # neither compiled nor under autocast
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            pixels = torch.empty(1, 3, size, size)
+            with FlopCounterMode(display=False) as encode:
+                latents = codec.encode(pixels)
+            with FlopCounterMode(display=False) as decode:
+                codec.decode(latents)
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        return {"reason": f"{type(codec.autoencoder).__name__} cannot run on fake tensors: {error}".splitlines()[0]}
+    return {"encode": encode.get_total_flops() / 2e9, "decode": decode.get_total_flops() / 2e9}

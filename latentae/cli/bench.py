@@ -1,0 +1,91 @@
+"""Measure autoencoders by one stated protocol and write a report.
+
+Every image is cropped to a square, sent through each model and back, rounded to bytes and compared with itself: PSNR
+and SSIM always, LPIPS and rFID where their weight files are on this machine (they are never downloaded; a line says
+which file is missing and how to get it). Speed, memory, parameters and statistics of the latents stand beside them.
+
+  latentae bench photos/ --model runs/my-run --model stabilityai/sd-vae-ft-mse --out report/
+  latentae bench photos/ --model before=runs/a --model after=runs/b --size 512 --limit 100
+
+A model is a folder, a run of 'latentae fit', a checkpoint, a hub id or a preset; NAME=MODEL gives it a name. The table
+goes to standard output; --out writes results.json, report.html (opens offline) and the images that it shows.
+"""
+
+import argparse
+import json
+
+from latentae.cli.encode import add_max_bad
+
+SUMMARY = "measure autoencoders by one stated protocol and write a report"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("src", metavar="SRC", help="folder of images, or one image")
+    parser.add_argument(
+        "--model", metavar="MODEL", action="append", required=True, help="what to measure; repeat for more"
+    )
+    parser.add_argument("--out", metavar="DIR", help="write results.json, report.html and samples/ there")
+    parser.add_argument("--size", type=int, default=256, help="side of the square crop in pixels (default: 256)")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N images by name")
+    parser.add_argument(
+        "--metrics",
+        metavar="NAMES",
+        help="comma-separated, from psnr, ssim, lpips (or lpips_alex, lpips_vgg) and rfid; one that is named here and "
+        "cannot be measured is an error (default: all that can be)",
+    )
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="images at a time (default: 8)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: a GPU if there is one)")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="precision of the models"
+    )
+    parser.add_argument("--sample", action="store_true", help="encode to a sample of the posterior instead of its mode")
+    parser.add_argument("--seed", type=int, default=0, help="of --sample and of decoders that draw noise (default: 0)")
+    parser.add_argument("--workers", type=int, default=4, metavar="N", help="threads that read and decode (default: 4)")
+    add_max_bad(parser)
+    parser.add_argument("--no-speed", action="store_true", help="do not time the models")
+    parser.add_argument("--speed-batch-size", type=int, metavar="N", help="(default: --batch-size on a GPU, else 1)")
+    parser.add_argument("--report-images", type=int, default=24, metavar="N", help="images in the report (default: 24)")
+    parser.add_argument("--random-weights", action="store_true", help="allow a preset without its published weights")
+    parser.add_argument("--json", action="store_true", help="print results.json instead of the table")
+
+
+def run(args: argparse.Namespace) -> int:
+    from latentae.bench.results import summarise
+    from latentae.bench.run import bench
+
+    results = bench(
+        args.src,
+        [name_and_model(text) for text in args.model],
+        out=args.out,
+        size=args.size,
+        limit=args.limit,
+        metrics=None if args.metrics is None else [name.strip() for name in args.metrics.split(",") if name.strip()],
+        sample=args.sample,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        device=args.device,
+        dtype=args.dtype,
+        max_bad=args.max_bad,
+        workers=args.workers,
+        speed=not args.no_speed,
+        speed_batch_size=args.speed_batch_size,
+        report_images=args.report_images,
+        random_weights=args.random_weights,
+    )
+    print(json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) if args.json else summarise(results))
+    if args.out:
+        from latentae.console import say
+
+        say(f"{args.out}/report.html shows the images; {args.out}/results.json holds every figure.")
+    return 0
+
+
+def name_and_model(text: str) -> tuple[str, str]:
+    """``NAME=MODEL``, or a model that is its own name; an existing path may contain an equals sign."""
+    from pathlib import Path
+
+    if "=" in text and not Path(text).exists():
+        name, model = text.split("=", 1)
+        if name and model:
+            return name, model
+    return text, text

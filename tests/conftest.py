@@ -11,7 +11,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(2)
 
 
-def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+def _randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     """Draw every one-dimensional parameter: zero norm weights would hide the residual branches from a test."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
@@ -23,11 +23,16 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return model
 
 
+@pytest.fixture(scope="session")
+def randomise():
+    return _randomise
+
+
 @pytest.fixture
 def tiny_dcae():
     import latentae
 
-    return randomise(latentae.create("dc-ae-tiny"))
+    return _randomise(latentae.create("dc-ae-tiny"))
 
 
 @pytest.fixture
@@ -49,3 +54,25 @@ def photo_folder(tmp_path):
 def _skip_gpu(request):
     if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+
+
+def load_tool(name: str):
+    """Import a script of tools/ by its file name."""
+    import importlib.util
+    from pathlib import Path
+
+    path = Path(__file__).parent.parent / "tools" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def golden_tool():
+    return load_tool("make_golden")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)

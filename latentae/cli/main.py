@@ -65,7 +65,10 @@ def run_command(name: str, argv: list[str]) -> int:
             return 0
         return int(module.run_argv(argv))
     parser = Parser(
-        prog=f"latentae {name}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"latentae {name}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     module.add_arguments(parser)
     return int(module.run(parser.parse_args(argv)))

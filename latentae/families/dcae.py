@@ -22,13 +22,14 @@ from latentae.nn.attention import relu_linear_attention
 from latentae.nn.norms import RMSNorm2d
 from latentae.nn.resample import (
     average_groups,
-    duplicate_to_space,
+    duplicate_to_pixels,
     nearest_upsample_conv3x3,
+    pixels_of,
     space_to_channel_average,
 )
 from latentae.nn.tiling import run_in_tiles
 
-ACTIVATIONS = {"relu": F.relu, "relu6": F.relu6, "silu": F.silu, "swish": F.silu, "gelu": F.gelu}
+ACTIVATIONS = {"relu": F.relu, "relu6": F.relu6, "silu": F.silu}
 LOCAL_STAGES = 3  # convolutional stages at 1/1, 1/2 and 1/4 of the image hold nearly all the memory
 
 
@@ -52,8 +53,14 @@ class ResBlock(nn.Module):
         nn.init.zeros_(self.norm.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.act(self.conv1(x))
-        return x + self.norm(self.conv2(y))
+        y = self.act(self.conv1(x), inplace=not torch.is_grad_enabled())
+        if isinstance(self.norm, RMSNorm2d):
+            return self.norm(self.conv2(y), overwrite=True).add_(x)
+        if self.training:
+            return x + self.norm(self.conv2(y))
+        scale = self.norm.weight * torch.rsqrt(self.norm.running_var + self.norm.eps)  # a fixed norm folds into conv2
+        bias = self.norm.bias - self.norm.running_mean * scale
+        return F.conv2d(y, self.conv2.weight * scale[:, None, None, None], bias, padding=1).add_(x)
 
 
 class MultiscaleProjection(nn.Module):
@@ -102,7 +109,7 @@ class LinearAttention(nn.Module):
         y = relu_linear_attention(*qkv.chunk(3, dim=-1)).to(x.dtype)  # (B, S*heads, HW, D)
         y = y.transpose(1, 2).reshape(batch, height, width, -1)  # (B, H, W, S*C)
         y = self.to_out(y).permute(0, 3, 1, 2)  # (B, C, H, W)
-        return x + self.norm_out(y)
+        return self.norm_out(y).add_(x)
 
 
 class GLUMBConv(nn.Module):
@@ -124,8 +131,9 @@ class GLUMBConv(nn.Module):
         return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        y, gate = self.conv_depth(F.silu(self.conv_inverted(x))).chunk(2, dim=1)
-        return x + self.norm(self.conv_point(y * F.silu(gate)))
+        y = F.silu(self.conv_inverted(x), inplace=not torch.is_grad_enabled())
+        y, gate = self.conv_depth(y).chunk(2, dim=1)
+        return self.norm(self.conv_point(F.silu(gate) * y), overwrite=True).add_(x)
 
 
 class EfficientViTBlock(nn.Module):
@@ -157,7 +165,7 @@ class DownBlock(nn.Module):
         y = self.conv(x)
         if self.unshuffle:
             y = F.pixel_unshuffle(y, 2)
-        return y + space_to_channel_average(x, self.channels_out) if self.shortcut else y
+        return y.add_(space_to_channel_average(x, self.channels_out)) if self.shortcut else y
 
 
 class UpBlock(nn.Module):
@@ -175,7 +183,9 @@ class UpBlock(nn.Module):
             y = nearest_upsample_conv3x3(x, self.conv.weight, self.conv.bias)
         else:
             y = F.pixel_shuffle(self.conv(x), 2)
-        return y + duplicate_to_space(x, self.channels_out) if self.shortcut else y
+        if self.shortcut:
+            pixels_of(y).add_(duplicate_to_pixels(x, self.channels_out))
+        return y
 
 
 def make_blocks(

@@ -14,17 +14,35 @@ def average_groups(x: Tensor, channels_out: int) -> Tensor:
 
 
 def space_to_channel_average(x: Tensor, channels_out: int) -> Tensor:
-    """(B, C, H, W) to (B, channels_out, H/2, W/2): pixel-unshuffle, then the mean over groups of channels."""
-    if channels_out == x.shape[1]:
-        return F.avg_pool2d(x, 2)  # a group is one channel's four pixels
+    """(B, C, H, W) to (B, channels_out, H/2, W/2): pixel-unshuffle, then the mean over groups of channels.
+
+    With twice the channels a group is a horizontal pair, with as many channels a 2x2 block.
+    """
+    channels = x.shape[1]
+    if channels_out == 2 * channels:
+        pairs = (x[..., 0::2] + x[..., 1::2]) * 0.5  # (B, C, H, W/2)
+        return pairs.unflatten(2, (-1, 2)).transpose(2, 3).flatten(1, 2)  # (B, 2C, H/2, W/2)
+    if channels_out <= channels:
+        x = F.avg_pool2d(x, 2)
+        return x if channels_out == channels else average_groups(x, channels_out)
     return average_groups(F.pixel_unshuffle(x, 2), channels_out)
 
 
-def duplicate_to_space(x: Tensor, channels_out: int) -> Tensor:
-    """(B, C, H, W) to (B, channels_out, 2H, 2W): duplicate channels, then pixel-shuffle."""
-    if channels_out == x.shape[1]:
-        return F.interpolate(x, scale_factor=2, mode="nearest")  # four copies of one channel
-    return F.pixel_shuffle(x.repeat_interleave(4 * channels_out // x.shape[1], dim=1), 2)
+def pixels_of(x: Tensor) -> Tensor:
+    """A view of (B, C, 2H, 2W) as (B, C, H, 2, W, 2): each 2x2 block of pixels apart."""
+    return x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
+
+
+def duplicate_to_pixels(x: Tensor, channels_out: int) -> Tensor:
+    """(B, C, H, W) to a view of (B, channels_out, H, 2, W, 2): channels duplicated, then spread over 2x2 pixels.
+
+    The 2x2 blocks of ``F.pixel_shuffle(x.repeat_interleave(4 * channels_out // C, 1), 2)`` without a copy of them.
+    """
+    if channels_out > x.shape[1]:
+        x = x.repeat_interleave(channels_out // x.shape[1], dim=1)
+    rows, columns = {1: (1, 1), 2: (2, 1), 4: (2, 2)}[x.shape[1] // channels_out]
+    blocks = x.unflatten(1, (channels_out, rows, columns)).permute(0, 1, 4, 2, 5, 3)  # (B, O, H, rows, W, columns)
+    return blocks.expand(-1, -1, -1, 2, -1, 2)
 
 
 def nearest_upsample_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

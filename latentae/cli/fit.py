@@ -1,0 +1,52 @@
+"""Train an autoencoder from a recipe. The same command again continues the run."""
+
+import importlib.util
+
+from latentae.errors import MissingExtra
+
+SUMMARY = "train an autoencoder from a recipe; the same command again resumes"
+
+HELP = """usage: latentae fit --config RECIPE [--run_dir DIR] [--data.path FOLDER] [OPTIONS]
+
+Train an autoencoder from a recipe. The same command again continues the run in DIR.
+
+  latentae fit --config demo --run_dir runs/mine --data.path photos --trainer.max_steps 1000
+
+what to train
+  --config RECIPE             a YAML file, or the name of a shipped recipe: demo, dcae/f32c32-phase1, -phase2, -phase3;
+                              given more than once, later ones change earlier ones
+  --run_dir DIR               where checkpoints, samples, TensorBoard logs and config.yaml go (default runs/RECIPE)
+  --fork                      continue DIR although the configuration has changed since it was started
+
+options of a recipe, each also a key of its YAML
+  --data.path FOLDER          images to train on; --data.val_path FOLDER others to validate on
+  --data.size N               side of the random crops        --data.batch_size N   per device
+  --data.workers N            processes that decode
+  --trainer.max_steps N       length of the training          --trainer.precision   32-true or bf16-mixed
+  --trainer.devices N         GPUs or processes               --trainer.val_check_interval N
+  --model.autoencoder.preset NAME        what to build ('latentae presets' lists all), or .pretrained FOLDER or hub id
+  --model.autoencoder.init_from RUN      start from the weights of an earlier stage
+  --model.objective.TERM.weight W        terms by the names in the recipe; --model.objective.NAME CLASS adds one
+  --model.adversary.weight W             --model.adversary.start_step N
+  --model.trainable [PREFIX,...]         train these parts only
+  --model.optimizer.lr LR                --model.ema DECAY    --model.accumulate N    --model.gradient_clip NORM
+  --checkpoint.every_steps N             --images.count N     --seed_everything N
+
+  --print_config              show the whole configuration and stop
+  --help-all                  every option of Lightning's Trainer and of the classes above
+
+The run folder is a model: latentae encode PHOTOS OUT --model runs/mine. A killed or terminated run loses the steps
+since its last checkpoint at most; exit codes are those of 'latentae --help'.
+"""
+
+
+def print_help() -> None:
+    print(HELP, end="")
+
+
+def run_argv(argv: list[str]) -> int:
+    if importlib.util.find_spec("pytorch_lightning") is None:
+        raise MissingExtra("Training", "train")
+    from latentae.training.cli import fit_command
+
+    return fit_command(argv)

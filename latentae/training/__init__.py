@@ -1,0 +1,1 @@
+"""Training with Lightning: one module for every family, its data, callbacks and command line."""

@@ -1,0 +1,276 @@
+"""One LightningModule trains every family: objective, adversary, averaging and phases are arguments of a recipe.
+
+A step makes one forward pass; the terms and both sides of the adversary look at the same reconstruction. Everything
+random in it is seeded by the images seen so far, which a checkpoint holds, so a resumed run repeats the losses of an
+uninterrupted one.
+"""
+
+import json
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+
+from latentae.errors import DataError, RequestError
+from latentae.metrics.image import psnr, ssim
+from latentae.nn.pixels import to_float, to_uint8
+from latentae.objectives import Adversary, Objective, Step, Term
+from latentae.training.ema import AutoencoderEMA
+from latentae.training.optimization import (
+    OptimizerFactory,
+    Schedule,
+    adamw,
+    parameter_groups,
+    select_trainable,
+    set_training_modes,
+)
+from latentae.training.start import build_autoencoder
+from latentae.training.window import Window
+
+PRECISIONS = ("32-true", "bf16-mixed", "64-true")
+
+
+class AutoencoderModule(pl.LightningModule):
+    """An autoencoder in training.
+
+    ``global_step`` counts optimizer steps of the autoencoder. A checkpoint is a plain Lightning checkpoint that opens
+    with ``torch.load(weights_only=True)`` and holds
+
+    - ``latentae``: ``{"class_name", "config", "format": 1}``, from which the autoencoder is built;
+    - ``latentae_ema``: its averaged weights as a whole state dict; absent without averaging;
+    - ``state_dict``: the raw weights under ``autoencoder.``, the discriminator's under ``adversary.discriminator.``;
+    - ``latentae_progress``: ``samples_seen`` of all ranks, ``skipped_steps``, ``ema_updates``.
+
+    Args:
+        autoencoder: ``{preset: NAME, **changed arguments}`` for random weights or ``{pretrained: FOLDER or hub id}``,
+            either with ``init_from: CHECKPOINT`` to take over the weights of an earlier stage; or a model.
+        objective: terms by name; the names are those of the logged values.
+        adversary: a discriminator and its schedule; None trains without.
+        trainable: dotted name prefixes of what trains, such as ``decoder.conv_out``; None trains all.
+        ema: decay of the averaged weights, which are validated and loaded; None for no averaging.
+        optimizer: class and arguments, for the trained parameters; norms and biases are undecayed.
+        schedule: learning rate by step, for both optimizers; constant by default.
+        gradient_clip: largest norm of the gradient, of each network apart; None for no limit.
+        accumulate: batches per optimizer step.
+        max_skipped_steps: a loss or gradient that is not finite skips its step; so many in a row end the run.
+        seed: of the initial weights and of every random draw.
+    """
+
+    adversary: Adversary | None
+
+    def __init__(
+        self,
+        autoencoder: dict[str, Any] | nn.Module,
+        objective: dict[str, Term],
+        adversary: Adversary | None = None,
+        trainable: list[str] | None = None,
+        ema: float | None = 0.999,
+        optimizer: OptimizerFactory = adamw,
+        schedule: Schedule | None = None,
+        gradient_clip: float | None = 1.0,
+        accumulate: int = 1,
+        max_skipped_steps: int = 10,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.automatic_optimization = False
+        built = autoencoder if isinstance(autoencoder, nn.Module) else build_autoencoder(autoencoder, seed)
+        self.autoencoder: Any = built
+        self.objective = Objective(objective)
+        self.adversary = adversary
+        self.ema_decay = ema
+        self.optimizer = optimizer
+        self.schedule = schedule or Schedule()
+        self.gradient_clip = gradient_clip
+        self.accumulate = accumulate
+        self.max_skipped_steps = max_skipped_steps
+        self.seed = seed
+
+        select_trainable(self.autoencoder, trainable)
+        self.window = Window()
+        self.samples_seen = 0  # images of all ranks, up to the last step that ended
+        self.skipped_steps = 0
+        self.skipped_in_a_row = 0
+        self.ema: AutoencoderEMA | None = None
+        self.mid_update = False  # some weights have moved and others have not: not a state to save
+        self._resumed_ema: tuple[dict[str, Tensor], int] | None = None
+
+    # One training step
+
+    def training_step(self, batch: dict[str, Any], batch_index: int) -> None:
+        """Learn from ``batch["pixels"]``, uint8 (B, 3, H, W)."""
+        torch.manual_seed((self.seed << 40) + self.samples_seen + self.window.samples)
+        pixels = to_float(batch["pixels"]).to(self.dtype)
+
+        posterior = self.autoencoder.encode(pixels).latent_dist
+        reconstruction = self.autoencoder.decode(posterior.sample()).sample
+
+        loss, values = self.objective(Step(pixels, reconstruction, posterior))
+        adversary = self.adversary
+        if adversary and (weight := adversary.weight_at(self.global_step)):
+            values["adversarial"] = adversary.generator_loss(reconstruction)
+            loss = loss + weight * values["adversarial"]
+        self.manual_backward(loss / self.accumulate)
+
+        if adversary and adversary.trains_at(self.global_step):
+            values["discriminator"], logits = adversary.discriminator_loss(pixels, reconstruction)
+            self.manual_backward(values["discriminator"] / self.accumulate)
+            values |= logits
+
+        self.window.add({"loss": loss, **values}, samples=len(pixels) * self.trainer.world_size)
+        if self.window.batches == self.accumulate:
+            self.end_step(self.window.means())
+
+    def end_step(self, values: dict[str, Tensor]) -> None:
+        """Move the weights along the accumulated gradients, unless something in the step is not finite."""
+        trained = [self.autoencoder]
+        if "discriminator" in values and self.adversary:
+            trained.append(self.adversary.discriminator)
+        for name, network in zip(["gradient_norm", "discriminator_gradient_norm"], trained):
+            values[name] = clip_grad_norm_(network.parameters(), self.gradient_clip or float("inf"))
+
+        broken = self.not_finite(values)
+        self.mid_update = True
+        if not broken:
+            self.set_learning_rates()
+            self.optimizers_of_networks[0].step()  # counted as the global step
+            for optimizer in self.optimizers_of_networks[1 : len(trained)]:
+                optimizer.step()
+            if self.ema:
+                self.ema.update()
+        for optimizer in self.optimizers_of_networks:
+            optimizer.zero_grad()
+        self.samples_seen += self.window.samples
+        self.window = Window()
+        self.mid_update = False
+        self.count_skipped(broken)
+        self.log_dict({f"train/{name}": value for name, value in values.items()})
+        self.log("step", float(self.global_step))
+
+    # Details of a step
+
+    @property
+    def optimizers_of_networks(self) -> list[Any]:
+        """Lightning's counted optimizer of the autoencoder, and the discriminator's, which it must not count."""
+        counted = self.optimizers()
+        if not isinstance(counted, list):
+            return [counted]
+        return [counted[0], self.trainer.optimizers[1]]
+
+    def set_learning_rates(self) -> None:
+        factor = self.schedule.factor(self.global_step, self.trainer.max_steps)
+        for optimizer in self.trainer.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+
+    def not_finite(self, values: dict[str, Tensor]) -> list[str]:
+        """Names of the values that are NaN or infinite on any rank; one synchronisation with the device."""
+        finite = torch.stack([value.detach().float() for value in values.values()]).isfinite().int()
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
+        return [name for name, good in zip(values, finite.tolist()) if not good]
+
+    def count_skipped(self, broken: list[str]) -> None:
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if broken else 0
+        self.skipped_steps += bool(broken)
+        if self.skipped_in_a_row == self.max_skipped_steps:
+            raise DataError(
+                f"{self.max_skipped_steps} steps in a row were not finite in {', '.join(broken)} at step "
+                f"{self.global_step}: lower the learning rate or the weight of that term; the weights are as before."
+            )
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        optimizers = [self.optimizer(parameter_groups(self.autoencoder))]
+        if self.adversary:
+            make = self.adversary.optimizer or self.optimizer
+            optimizers.append(make(parameter_groups(self.adversary.discriminator)))
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["initial_lr"] = group["lr"]
+        self._configured = [[_options(group) for group in optimizer.param_groups] for optimizer in optimizers]
+        return optimizers
+
+    # Validation, with averaged weights if there are any
+
+    def validation_step(self, batch: dict[str, Any], batch_index: int) -> dict[str, Tensor]:
+        """Reconstruct ``batch["pixels"]`` from the mode; logs every term, and PSNR and SSIM of uint8 pixels."""
+        original = batch["pixels"]
+        pixels = to_float(original).to(self.dtype)
+        posterior = self.autoencoder.encode(pixels).latent_dist
+        latents = posterior.mode()
+        reconstruction = self.autoencoder.decode(latents).sample
+        _, values = self.objective(Step(pixels, reconstruction, posterior))
+        rounded = to_uint8(reconstruction)
+        values |= {"psnr": psnr(rounded, original).mean(), "ssim": ssim(rounded, original).mean()}
+        logged = {f"val/{name}": value.float() for name, value in values.items()}
+        self.log_dict(logged, batch_size=len(original), sync_dist=True)
+        self.log("step", float(self.global_step), batch_size=len(original))
+        return {"pixels": original, "reconstruction": rounded, "latents": latents}
+
+    def on_validation_epoch_start(self) -> None:
+        if self.ema:
+            self.ema.use_average()
+
+    def on_validation_epoch_end(self) -> None:
+        self.use_weights()
+
+    def use_weights(self) -> None:
+        """Back to the raw weights, also when an exception ended a validation."""
+        if self.ema:
+            self.ema.use_weights()
+
+    # Start and resume
+
+    def on_fit_start(self) -> None:
+        if self.trainer.precision not in PRECISIONS:
+            raise RequestError(
+                f"trainer.precision {self.trainer.precision} is not supported in training; choose one of "
+                f"{', '.join(PRECISIONS)}."
+            )
+        if self.schedule.kind == "cosine" and self.trainer.max_steps < 0:
+            raise RequestError("A cosine schedule ends at trainer.max_steps: set it.")
+        self._start_averaging()
+
+    def on_validation_start(self) -> None:
+        self._start_averaging()
+
+    def _start_averaging(self) -> None:
+        if self.ema is None and self.ema_decay is not None:
+            self.ema = AutoencoderEMA(self.autoencoder, self.ema_decay)
+            if self._resumed_ema:
+                self.ema.load_state_dict(*self._resumed_ema)
+                self._resumed_ema = None
+
+    def on_train_start(self) -> None:
+        set_training_modes(self.autoencoder)
+        # A restored optimizer brings its old options along; those of the configuration count (--fork changes them).
+        for optimizer, groups in zip(self.trainer.optimizers, self._configured):
+            for group, options in zip(optimizer.param_groups, groups):
+                group.update(options)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        config = json.loads(self.autoencoder.to_json_string())
+        class_name = type(self.autoencoder).__name__
+        checkpoint["latentae"] = {"class_name": class_name, "config": config, "format": 1}
+        checkpoint["latentae_progress"] = {
+            "samples_seen": self.samples_seen,
+            "skipped_steps": self.skipped_steps,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "ema_updates": self.ema.updates if self.ema else 0,
+        }
+        if self.ema:
+            checkpoint["latentae_ema"] = self.ema.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        progress = checkpoint["latentae_progress"]
+        self.samples_seen = progress["samples_seen"]
+        self.skipped_steps = progress["skipped_steps"]
+        self.skipped_in_a_row = progress["skipped_in_a_row"]
+        if "latentae_ema" in checkpoint:
+            self._resumed_ema = checkpoint["latentae_ema"], progress["ema_updates"]
+
+
+def _options(group: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key != "params"}

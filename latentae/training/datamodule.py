@@ -1,0 +1,168 @@
+"""The images of a run: training samples by position, and a fixed held-out set.
+
+A position counts the samples of all ranks since the start of training and says everything about a sample, so a run
+resumes where it stopped by starting its loader at the position that its checkpoint holds.
+"""
+
+import hashlib
+import io
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Sampler
+
+from latentae.data.images import ImageDataset
+from latentae.data.samples import photos
+from latentae.data.sources import Item, Source, open_source
+from latentae.errors import RequestError
+
+SAMPLES = "samples"  # what data.path says for the bundled photos
+
+
+class ImageData(pl.LightningDataModule):
+    """Random crops of a folder's images to train on, centre crops of held-out ones to validate on.
+
+    Batches are dicts whose ``pixels`` are uint8 (B, 3, size, size). Training is one endless stream: its length is
+    ``trainer.max_steps``.
+
+    Args:
+        path: folder of images, searched recursively; ``samples`` for the few photos that dependencies bring along.
+        size: side of the square crops in pixels.
+        batch_size: images per batch on each device.
+        workers: processes that decode; they change nothing but the speed.
+        dead_leaves: share of training samples that are generated pictures instead of photos, from 0 to 1.
+        val_path: folder of held-out images; by default a part of ``path`` is held out.
+        val_fraction: that part, chosen by a hash of each image's key, at least one image; 0 for no validation.
+        val_images: at most so many held-out images; None for all.
+        max_bad: share of images that may be broken; they are reported and replaced.
+        seed: of the order and the crops.
+
+    Raises:
+        RequestError: no ``path``, nothing there, or no image in it.
+    """
+
+    def __init__(
+        self,
+        path: str | None = None,
+        size: int = 256,
+        batch_size: int = 16,
+        workers: int = 4,
+        dead_leaves: float = 0.0,
+        val_path: str | None = None,
+        val_fraction: float = 0.02,
+        val_images: int | None = 256,
+        max_bad: float = 0.01,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.path, self.val_path = path, val_path
+        self.size, self.batch_size, self.workers = size, batch_size, workers
+        self.dead_leaves, self.max_bad, self.seed = dead_leaves, max_bad, seed
+        self.val_fraction, self.val_images = val_fraction, val_images
+
+    def setup(self, stage: str) -> None:
+        """Find the images."""
+        if stage == "fit" or self.val_path is None:
+            self.train_source, self.val_source = self._split()
+        if self.val_path is not None:
+            self.val_source = open_source(self.val_path)
+
+    def _split(self) -> tuple[Source, Source]:
+        if self.path is None:
+            raise RequestError("There are no images to train on: give a folder of them with --data.path FOLDER.")
+        if self.path == SAMPLES:
+            return SamplePhotos("train"), SamplePhotos("held_out")
+        return hold_out(open_source(self.path), self.val_fraction if self.val_path is None else 0.0)
+
+    def train_dataloader(self) -> DataLoader:
+        """The stream of samples from the position at which the run stands."""
+        dataset = ImageDataset(
+            self.train_source, size=self.size, seed=self.seed, dead_leaves=self.dead_leaves, max_bad=self.max_bad
+        )
+        trainer: Any = self.trainer
+        start = trainer.lightning_module.samples_seen
+        batches = PositionBatches(start, self.batch_size, trainer.global_rank, trainer.world_size)
+        return DataLoader(dataset, batch_sampler=batches, **self._loader_options())
+
+    def val_dataloader(self) -> DataLoader | list:
+        if not self.val_source.items():
+            return []
+        dataset = ImageDataset(
+            _Chosen(self.val_source, self.val_source.items()[: self.val_images]),
+            size=self.size,
+            augment=False,
+            max_bad=self.max_bad,
+        )
+        trainer: Any = self.trainer
+        mine = range(trainer.global_rank, len(dataset), trainer.world_size)
+        return DataLoader(dataset, self.batch_size, sampler=mine, **self._loader_options())
+
+    def _loader_options(self) -> dict[str, Any]:
+        return {"num_workers": self.workers, "pin_memory": torch.cuda.is_available()}
+
+
+class PositionBatches(Sampler[list[int]]):
+    """Endless batches of positions; the ranks' batches of one step lie side by side.
+
+    N ranks with batches of B see, step by step, what one rank with batches of N·B sees.
+    """
+
+    def __init__(self, start: int, batch_size: int, rank: int = 0, world_size: int = 1):
+        self.start, self.batch_size, self.rank, self.world_size = start, batch_size, rank, world_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        first = self.start + self.rank * self.batch_size
+        while True:
+            yield list(range(first, first + self.batch_size))
+            first += self.batch_size * self.world_size
+
+
+class _Chosen:
+    """Some items of a source."""
+
+    def __init__(self, source: Source, items: list[Item]):
+        self.source, self._items = source, items
+
+    def items(self) -> list[Item]:
+        return self._items
+
+    def read(self, item: Item) -> bytes:
+        return self.source.read(item)
+
+
+def hold_out(source: Source, fraction: float) -> tuple[Source, Source]:
+    """Split a source in two by a hash of the keys, so that adding images moves no other image across.
+
+    The second part has about ``fraction`` of the items, at least one where there are two, and is in the order of the
+    hash, so that its first images are of all kinds.
+    """
+    items = sorted(source.items(), key=lambda item: _hash(item.key))
+    count = sum(_hash(item.key) < fraction for item in items)
+    if fraction > 0:
+        count = min(max(count, 1), len(items) - 1)
+    trained = sorted(items[count:], key=lambda item: item.key)
+    return _Chosen(source, trained), _Chosen(source, items[:count])
+
+
+def _hash(key: str) -> float:
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
+
+
+class SamplePhotos:
+    """The bundled photos of one split as a source."""
+
+    def __init__(self, split: Literal["train", "held_out"]):
+        self._files = {}
+        for name, image in photos(split).items():
+            stream = io.BytesIO()
+            Image.fromarray(image).save(stream, "ppm")
+            self._files[name] = stream.getvalue()
+
+    def items(self) -> list[Item]:
+        return [Item(key=name, uri=f"samples:{name}", size=len(data)) for name, data in sorted(self._files.items())]
+
+    def read(self, item: Item) -> bytes:
+        return self._files[item.key]

@@ -15,11 +15,10 @@ import numpy as np
 from PIL import Image
 
 from latentae.bench.quality import HIGHER_IS_BETTER, METRICS
-from latentae.bench.results import LABELS, measured_metrics, shape_label
+from latentae.bench.results import LABELS, format_metric, format_rate, measured_metrics, shape_label
 from latentae.errors import MissingExtra
 from latentae.files import atomic_write
 
-DIGITS = {"psnr": 2, "ssim": 4, "lpips_alex": 4, "lpips_vgg": 4, "rfid": 3}
 PROTOCOL_LABELS = {"images_sha256": "hash of the images", "dtype": "precision", **LABELS}
 
 
@@ -101,13 +100,13 @@ def _table(results: dict[str, Any]) -> dict[str, Any]:
         cells = [_cell(shape_label(model), f"{model['floats_per_pixel']:.4g}")]
         for name in metrics:
             value, interval = model["metrics"].get(name), model["intervals"].get(name)
-            note = f"{_number(name, interval[0])} – {_number(name, interval[1])}" if interval else ""
-            cells.append(_cell(_number(name, value), note, value is not None and value == best[name]))
+            note = f"{format_metric(name, interval[0])} – {format_metric(name, interval[1])}" if interval else ""
+            cells.append(_cell(format_metric(name, value), note, value is not None and value == best[name]))
         rows.append(
             {"name": model["name"], "note": f"{model['class']}, {model['dtype']}", "cells": cells + _cost(model)}
         )
     for row in results["baselines"]:
-        cells = [_cell("–"), *(_cell(_number(name, row.get(name))) for name in metrics), *[_cell("–")] * 5]
+        cells = [_cell("–"), *(_cell(format_metric(name, row.get(name))) for name in metrics), *[_cell("–")] * 5]
         rows.append({"name": row["name"], "note": "baseline, no network", "cells": cells})
     return {"columns": columns, "rows": rows}
 
@@ -120,7 +119,7 @@ def _cost(model: dict[str, Any]) -> list[dict[str, Any]]:
             cells.append(_cell("–"))
             continue
         low, high = speed[half]["quartiles"]
-        cells.append(_cell(_rate(speed[half]["images_per_second"]), f"{_rate(low)} – {_rate(high)}"))
+        cells.append(_cell(format_rate(speed[half]["images_per_second"]), f"{format_rate(low)} – {format_rate(high)}"))
     peaks = [speed[half]["peak_memory_bytes"] for half in ("encode", "decode")] if speed else []
     cells.append(_cell(f"{max(peaks) / 2**30:.2f} GiB" if peaks and None not in peaks else "–"))
     halves = [f"{parameters[half] / 1e6:.1f}" for half in ("encoder", "decoder") if half in parameters]
@@ -132,14 +131,6 @@ def _cost(model: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _cell(text: str, note: str = "", best: bool = False) -> dict[str, Any]:
     return {"text": text, "note": note, "best": best}
-
-
-def _rate(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _number(metric: str, value: float | None) -> str:
-    return "–" if value is None else f"{value:.{DIGITS[metric]}f}"
 
 
 def _best(models: list[dict[str, Any]], metric: str) -> float | None:
@@ -197,7 +188,9 @@ def _samples(results: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     for sample in results["samples"]:
         measured = [model_rows.get(sample["key"], {}) for model_rows in of_image]
         figures = [
-            " · ".join(f"{LABELS[name]} {_number(name, row[name])}" for name in METRICS if row.get(name) is not None)
+            " · ".join(
+                f"{LABELS[name]} {format_metric(name, row[name])}" for name in METRICS if row.get(name) is not None
+            )
             for row in measured
         ]
         worst = min((row["psnr"] for row in measured if row.get("psnr") is not None), default=None)

@@ -9,6 +9,7 @@ from latentae.errors import RequestError
 from latentae.files import read_json, write_json
 
 SCHEMA = 1
+DIGITS = {"psnr": 2, "ssim": 4, "lpips_alex": 4, "lpips_vgg": 4, "rfid": 3}
 LABELS = {"psnr": "PSNR", "ssim": "SSIM", "lpips_alex": "LPIPS alex", "lpips_vgg": "LPIPS vgg", "rfid": "rFID"}
 
 
@@ -46,20 +47,33 @@ def shape_label(model: dict[str, Any]) -> str:
     return f"{time}f{model['spatial_ratio']}c{model['latent_channels']}"
 
 
+def format_metric(name: str, value: float | None) -> str:
+    """A figure with as many digits as its metric deserves; a dash for what was not measured."""
+    return "–" if value is None else f"{value:.{DIGITS[name]}f}"
+
+
+def format_rate(value: float) -> str:
+    """Images per second with three figures, thousands set apart."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def summarise(results: dict[str, Any]) -> str:
     """The table for the terminal with the protocol at its foot."""
     metrics = measured_metrics(results)
     with_speed = any(model["speed"] for model in results["models"])
     header = ["model", "latents", *(LABELS[name] for name in metrics)]
     header += ["encode img/s", "decode img/s"] if with_speed else []
-    rows: list[list[object]] = []
+    rows = []
     for model in results["models"]:
-        row = [model["name"], shape_label(model), *(model["metrics"].get(name) for name in metrics)]
+        row = [model["name"], shape_label(model)]
+        row += [format_metric(name, model["metrics"].get(name)) for name in metrics]
         if with_speed:
-            row += [model["speed"][half]["images_per_second"] for half in ("encode", "decode")]
+            speed = model["speed"]
+            row += [format_rate(speed[half]["images_per_second"]) if speed else "–" for half in ("encode", "decode")]
         rows.append(row)
-    for baseline in results.get("baselines", []):
-        rows.append([baseline["name"], "", *(baseline.get(name) for name in metrics), *[None, None][: 2 * with_speed]])
+    for baseline in results["baselines"]:
+        row = [baseline["name"], "–", *(format_metric(name, baseline.get(name)) for name in metrics)]
+        rows.append(row + ["–"] * (len(header) - len(row)))
     protocol, versions = results["protocol"], results["versions"]
     shown = ["size", "crop", "encode", "dtype", "quantisation", *metrics]
     foot = [f"protocol {results['protocol_sha256'][:12]}: {protocol['images']} images of {protocol['size']} px"]

@@ -85,7 +85,10 @@
     state.x = Math.min(0, Math.max(free, state.x));
     state.y = Math.min(0, Math.max(free, state.y));
     for (const image of zoomed) image.style.transform = `translate(${state.x * 100}%, ${state.y * 100}%) scale(${state.zoom})`;
-    for (const stage of [compare, difference]) stage.classList.toggle("sharp", state.zoom > 2);
+    for (const stage of [compare, difference]) {
+      stage.classList.toggle("zoomed", state.zoom > 1);
+      stage.classList.toggle("sharp", state.zoom > 2);
+    }
     cover.style.clipPath = `inset(0 ${(1 - state.split) * 100}% 0 0)`;
     handle.style.left = `${state.split * 100}%`;
     handle.setAttribute("aria-valuenow", Math.round(state.split * 100));
@@ -139,6 +142,7 @@
       view();
     });
     stage.addEventListener("wheel", (event) => {
+      if (state.zoom === 1 && event.deltaY > 0) return;  // nothing to zoom out of: the page scrolls on
       event.preventDefault();
       zoom(Math.exp(-event.deltaY / 300), ...position(event, stage));
     }, { passive: false });

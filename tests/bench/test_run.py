@@ -1,0 +1,410 @@
+"""The benchmark end to end: its figures are those of scikit-image and others on the very same reconstructions."""
+
+import json
+from dataclasses import replace
+
+import lpips
+import numpy as np
+import pytest
+import torch
+import torchvision
+from diffusers import AutoencoderKL, AutoencoderTiny
+from PIL import Image
+from scipy.stats import bootstrap
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torch import nn
+from torchmetrics.image.fid import FrechetInceptionDistance as TorchmetricsFID
+
+import latentae
+from latentae.bench import quality
+from latentae.bench.results import read_results, summarise
+from latentae.bench.run import bench
+from latentae.cli.main import main
+from latentae.codec import LatentCodec
+from latentae.data.transforms import adm_center_crop
+from latentae.errors import DataError, MissingWeights, RequestError
+from latentae.files import read_json, sha256_file
+from latentae.metrics.frechet import FrechetDistance
+from latentae.nn.pixels import to_float
+from latentae.weights import WEIGHT_FILES
+
+
+@pytest.fixture(autouse=True)
+def _no_weight_files(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch_home"))
+    monkeypatch.delenv("LATENTAE_WEIGHTS", raising=False)
+
+
+def tiny_kl():
+    torch.manual_seed(1)
+    return AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 3,
+        up_block_types=["UpDecoderBlock2D"] * 3,
+        block_out_channels=[8, 8, 8],
+        norm_num_groups=4,
+        scaling_factor=0.5,
+    )
+
+
+def tiny_taesd():
+    torch.manual_seed(2)
+    return AutoencoderTiny(
+        encoder_block_out_channels=[8, 8],
+        decoder_block_out_channels=[8, 8],
+        num_encoder_blocks=[1, 1],
+        num_decoder_blocks=[1, 1],
+    )
+
+
+class Rigged(nn.Module):
+    """An "autoencoder" that gives back what it gets, changed as the test wants."""
+
+    def __init__(self, change=lambda pixels: pixels):
+        super().__init__()
+        self.change, self.weight = change, nn.Parameter(torch.zeros(1))
+        self.config = {"spatial_compression_ratio": 1, "latent_channels": 3}
+
+    def encode(self, pixels):
+        return pixels
+
+    def decode(self, latents):
+        return self.change(latents)
+
+
+def read_pair(out, sample, model=0):
+    files = sample["input"], sample["models"][model]["reconstruction"]
+    return [np.asarray(Image.open(out / file)) for file in files]
+
+
+@pytest.fixture
+def measured(photo_folder, tmp_path, tiny_dcae):
+    """Three models on six photos of odd sizes; the size is no multiple of any ratio."""
+    models = [("dc", LatentCodec(tiny_dcae)), ("kl", tiny_kl()), ("taesd", tiny_taesd())]
+    out = tmp_path / "report"
+    return bench(photo_folder, models, out=out, size=60, batch_size=4, speed=False), out, dict(models)
+
+
+def test_every_figure_is_that_of_scikit_image_on_the_saved_pairs(measured):
+    results, out, _ = measured
+    assert read_json(out / "results.json") == results
+    assert len(results["samples"]) == 6
+    for index, model in enumerate(results["models"]):
+        expected = {"psnr": [], "ssim": []}
+        for sample, row in zip(results["samples"], model["per_image"], strict=True):
+            pair = read_pair(out, sample, index)
+            assert sample["key"] == row["key"]
+            expected["psnr"].append(peak_signal_noise_ratio(*pair, data_range=255))
+            expected["ssim"].append(
+                structural_similarity(
+                    *pair, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=255, channel_axis=2
+                )
+            )
+            assert row["psnr"] == pytest.approx(expected["psnr"][-1], abs=1e-9)
+            assert row["ssim"] == pytest.approx(expected["ssim"][-1], abs=1e-9)
+        for name, values in expected.items():
+            assert model["metrics"][name] == pytest.approx(np.mean(values), abs=1e-9)
+
+
+def test_the_pairs_are_the_adm_crop_and_its_rounded_reconstruction(measured, photo_folder):
+    results, out, models = measured
+    for sample in results["samples"]:
+        crop = adm_center_crop(np.asarray(Image.open(photo_folder / sample["key"]).convert("RGB")), 60)
+        for index, model in enumerate(models.values()):
+            codec = model if isinstance(model, LatentCodec) else LatentCodec(model)
+            pixels = codec.reconstruct(torch.from_numpy(crop).permute(2, 0, 1)[None])[0].permute(1, 2, 0).numpy()
+            expected = np.floor(np.clip((pixels.astype(np.float64) + 1) * 127.5, 0, 255) + 0.5)
+            original, reconstruction = read_pair(out, sample, index)
+            np.testing.assert_array_equal(original, crop)
+            # batches of another size round the last bits of a float differently
+            assert np.abs(reconstruction - expected).max() <= 1
+            assert (reconstruction != expected).mean() < 0.001
+
+
+def test_what_a_model_is_and_what_its_latents_are(measured, photo_folder):
+    results, _, models = measured
+    dc, kl, _ = results["models"]
+    assert [model["name"] for model in results["models"]] == ["dc", "kl", "taesd"]
+    assert kl["class"] == "AutoencoderKL"
+    assert (kl["spatial_ratio"], kl["latent_channels"], kl["floats_per_pixel"]) == (4, 4, 0.25)
+    assert kl["parameters"]["total"] == sum(p.numel() for p in models["kl"].parameters())
+    assert kl["dtype"] == "float32"
+    assert dc["weights_sha256"] != kl["weights_sha256"]
+
+    crops = [
+        adm_center_crop(np.asarray(Image.open(photo_folder / row["key"]).convert("RGB")), 60) for row in kl["per_image"]
+    ]
+    pixels = to_float(torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2))
+    with torch.no_grad():
+        z = models["kl"].encode(pixels).latent_dist.mode().double()
+    latents = kl["latents"]
+    assert latents["shape"] == [4, 15, 15]
+    np.testing.assert_allclose(latents["mean"], z.mean((0, 2, 3)), atol=1e-6)
+    np.testing.assert_allclose(latents["std"], z.std((0, 2, 3), correction=0), rtol=1e-5)
+    assert 1 / latents["suggested_scaling_factor"] == pytest.approx(z.std(correction=0).item(), rel=1e-5)
+    assert kl["normalisation"]["scaling_factor"] == 0.5
+
+
+def test_intervals_are_percentile_bootstrap_intervals(measured):
+    results, _, _ = measured
+    model = results["models"][1]
+    values = [row["psnr"] for row in model["per_image"]]
+    expected = bootstrap((values,), np.mean, method="percentile", rng=np.random.default_rng(1)).confidence_interval
+    spread = expected.high - expected.low
+    np.testing.assert_allclose(model["intervals"]["psnr"], expected, atol=0.1 * spread)
+
+
+def test_without_weight_files_everything_else_is_measured_and_says_why(measured, capsys):
+    results, _, _ = measured
+    for model in results["models"]:
+        assert set(model["metrics"]) == {"psnr", "ssim", "lpips_alex", "lpips_vgg", "rfid"}
+        for name, file in [("lpips_alex", "alexnet-owt"), ("lpips_vgg", "vgg16-397923af"), ("rfid", "inception-2015")]:
+            assert model["metrics"][name] is None
+            assert file in model["skipped"][name]
+            assert "curl" in model["skipped"][name]
+
+
+def test_each_missing_file_gets_one_line_on_standard_error(photo_folder, capsys):
+    bench(photo_folder, [tiny_taesd()], size=32, speed=False)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "is not measured" in line]
+    assert [line.split()[0] for line in lines] == ["lpips_alex", "lpips_vgg", "rfid"]
+
+
+def test_a_metric_that_is_asked_for_by_name_must_be_there(photo_folder):
+    with pytest.raises(MissingWeights, match="alexnet-owt-7be5be79"):
+        bench(photo_folder, [tiny_taesd()], size=32, metrics=["lpips"])
+    results = bench(photo_folder, [tiny_taesd()], size=32, metrics=["psnr"], speed=False)
+    assert set(results["models"][0]["metrics"]) == {"psnr", "ssim"}
+    assert not results["models"][0]["skipped"]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torchvision")
+def test_lpips_is_measured_where_its_file_is(photo_folder, tmp_path, monkeypatch):
+    checkpoints = tmp_path / "torch_home" / "hub" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    file = checkpoints / WEIGHT_FILES["alexnet"].name
+    torch.save(torchvision.models.alexnet().state_dict(), file)
+    sha256 = sha256_file(file)
+    monkeypatch.setitem(WEIGHT_FILES, "alexnet", replace(WEIGHT_FILES["alexnet"], sha256_prefix=sha256[:8]))
+    results = bench(photo_folder, [tiny_kl()], out=tmp_path / "out", size=64, batch_size=4, speed=False)
+    model = results["models"][0]
+    theirs = lpips.LPIPS(net="alex", verbose=False)  # finds the same file through torch.hub
+    for sample, row in zip(results["samples"], model["per_image"], strict=True):
+        pair = [torch.tensor(image).permute(2, 0, 1)[None] / 127.5 - 1 for image in read_pair(tmp_path / "out", sample)]
+        assert row["lpips_alex"] == pytest.approx(theirs(*pair).item(), rel=1e-4)
+    assert model["metrics"]["lpips_alex"] == pytest.approx(np.mean([row["lpips_alex"] for row in model["per_image"]]))
+    assert set(model["skipped"]) == {"lpips_vgg", "rfid"}
+    assert results["metric_weights_sha256"] == {"lpips_alex": sha256}
+    assert "LPIPS alex" in summarise(results)
+
+
+class TinyFeatures(nn.Module):
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.convolution = nn.Conv2d(3, 4, 5, stride=3)
+
+    def forward(self, images):
+        return self.convolution(images.float() / 128 - 1).relu().mean((2, 3))
+
+
+def test_rfid_compares_each_model_with_the_same_originals(photo_folder, tmp_path, monkeypatch, tiny_dcae):
+    def with_tiny_features(keep_originals):
+        metric = FrechetDistance(TinyFeatures(), 4, keep_originals=keep_originals)
+        metric.weights_sha256 = "0"
+        return metric
+
+    monkeypatch.setattr(quality, "FrechetInceptionDistance", with_tiny_features)
+    models = [("dc", tiny_dcae), ("kl", tiny_kl())]
+    results = bench(photo_folder, models, out=tmp_path, size=48, batch_size=4, speed=False)
+    for index, model in enumerate(results["models"]):
+        pairs = np.stack([read_pair(tmp_path, sample, index) for sample in results["samples"]])
+        theirs = TorchmetricsFID(feature=TinyFeatures().requires_grad_(False), input_img_size=(3, 48, 48))
+        for side, real in ((0, True), (1, False)):
+            theirs.update(torch.from_numpy(pairs[:, side]).permute(0, 3, 1, 2), real=real)
+        assert model["metrics"]["rfid"] == pytest.approx(theirs.compute().item(), rel=1e-3)
+        assert any("biased" in warning for warning in model["warnings"])
+
+
+def test_the_batch_size_changes_no_figure(photo_folder):
+    one, four = (bench(photo_folder, [tiny_kl()], size=40, batch_size=b, speed=False) for b in (1, 4))
+    assert one["protocol_sha256"] == four["protocol_sha256"]
+    assert one["models"][0]["metrics"]["psnr"] == pytest.approx(four["models"][0]["metrics"]["psnr"], abs=1e-3)
+
+
+def test_samples_of_the_posterior_are_seeded_by_image_not_by_batch(photo_folder):
+    def rows(**options):
+        results = bench(photo_folder, [tiny_kl()], size=40, speed=False, **options)
+        return np.array([row["psnr"] for row in results["models"][0]["per_image"]]), results["protocol_sha256"]
+
+    mode, mode_hash = rows()
+    sampled, sampled_hash = rows(sample=True, batch_size=1)
+    again, _ = rows(sample=True, batch_size=5)
+    other, _ = rows(sample=True, seed=1)
+    np.testing.assert_allclose(sampled, again, atol=1e-3)
+    assert np.abs(sampled - mode).max() > 1e-3
+    assert np.abs(sampled - other).max() > 1e-3
+    assert sampled_hash != mode_hash
+
+
+def test_the_protocol_hash_tells_comparable_results_from_others(photo_folder):
+    def protocol(model, **options):
+        return bench(photo_folder, [model], speed=False, **{"size": 40, **options})["protocol_sha256"]
+
+    same = protocol(tiny_kl())
+    assert protocol(tiny_taesd()) == same
+    assert protocol(tiny_kl(), size=44) != same
+    assert protocol(tiny_kl(), limit=4) != same
+    assert protocol(tiny_kl(), dtype="bfloat16") != same
+
+
+def test_a_broken_image_is_named_and_the_others_are_measured(photo_folder, tmp_path):
+    whole = bench(photo_folder, [tiny_kl()], size=40, speed=False)
+    (photo_folder / "broken.jpg").write_bytes((photo_folder / "b.jpg").read_bytes()[:200])
+    out = tmp_path / "report"
+    with pytest.raises(DataError, match=r"1 of 7 inputs are bad.*results\.json"):
+        bench(photo_folder, [("first", tiny_kl()), ("second", tiny_kl())], out=out, size=40, speed=False)
+    results = read_results(out)
+    assert [bad["key"] for bad in results["images"]["quarantined"]] == ["broken.jpg"]
+    for model in results["models"]:
+        assert model["metrics"] == whole["models"][0]["metrics"]
+    assert "broken.jpg" in (out / "report.html").read_text()
+    assert bench(photo_folder, [tiny_kl()], size=40, max_bad=1, speed=False)["images"]["measured"] == 6
+
+
+def test_a_model_that_returns_nan_for_one_image_is_measured_on_the_others(photo_folder):
+    def poison_dark_images(pixels):
+        return torch.where(pixels.mean((1, 2, 3), keepdim=True) < threshold, torch.nan, pixels * 0.5)
+
+    def crops():
+        for key in ("a.png", "b.jpg", "e e.jpeg", "f.PNG", "sub/c.webp", "sub/deeper/d.png"):
+            crop = adm_center_crop(np.asarray(Image.open(photo_folder / key).convert("RGB")), 40)
+            yield key, to_float(torch.from_numpy(crop)).mean().item()
+
+    (darkest, low), (_, next_low), *_ = sorted(crops(), key=lambda pair: pair[1])
+    threshold = (low + next_low) / 2
+    results = bench(photo_folder, [Rigged(poison_dark_images)], size=40, speed=False)
+    model = results["models"][0]
+    assert [failure["key"] for failure in model["failed"]] == [darkest]
+    assert model["images"] == 5
+    assert darkest not in [row["key"] for row in model["per_image"]]
+    assert np.isfinite(model["metrics"]["psnr"])
+    assert any("NaN" in warning for warning in model["warnings"])
+
+
+def test_a_model_that_only_returns_nan_gets_nulls_with_a_reason(photo_folder, tmp_path):
+    results = bench(photo_folder, [Rigged(lambda pixels: pixels * torch.nan)], out=tmp_path, size=40)
+    model = results["models"][0]
+    assert model["metrics"]["psnr"] is None
+    assert model["skipped"]["psnr"] == "no image could be measured"
+    assert (tmp_path / "report.html").exists()
+    summarise(results)
+
+
+def test_perfect_reconstructions_are_null_not_infinite(photo_folder, tmp_path):
+    results = bench(photo_folder, [Rigged()], out=tmp_path, size=40)
+    model = results["models"][0]
+    assert model["metrics"]["psnr"] is None
+    assert "equals its original" in model["skipped"]["psnr"]
+    assert model["identical"] == 6
+    assert model["metrics"]["ssim"] == pytest.approx(1)
+    assert model["gmac"]["encode"] == 0
+
+
+def test_one_image_is_enough(photo_folder):
+    results = bench(photo_folder / "b.jpg", [tiny_kl()], size=40, speed=False)
+    assert results["protocol"]["images"] == 1
+    assert results["models"][0]["intervals"]["psnr"] is None
+
+
+def test_bfloat16_runs_in_bfloat16(photo_folder):
+    full, half = (
+        bench(photo_folder, [tiny_kl()], size=40, dtype=d, speed=False)["models"][0] for d in ("float32", "bfloat16")
+    )
+    assert half["dtype"] == "bfloat16"
+    assert half["metrics"]["psnr"] != full["metrics"]["psnr"]
+    assert half["metrics"]["psnr"] == pytest.approx(full["metrics"]["psnr"], abs=0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": 16}, "at least 32"),
+        ({"limit": 0}, "at least 1"),
+        ({"batch_size": 0}, "at least 1"),
+        ({"metrics": ["psrn"]}, "no metric 'psrn'"),
+        ({"max_bad": -1}, "max_bad"),
+        ({"dtype": "int8"}, "expected float32"),
+        ({"device": "gpu0"}, "device='gpu0'"),
+    ],
+)
+def test_requests_that_cannot_be_met(photo_folder, options, message):
+    with pytest.raises(RequestError, match=message):
+        bench(photo_folder, [tiny_taesd()], **options)
+
+
+def test_two_models_of_one_name_are_refused(photo_folder):
+    with pytest.raises(RequestError, match=r"NAME=MODEL"):
+        bench(photo_folder, ["dc-ae-tiny", "dc-ae-tiny"])
+
+
+def test_images_that_change_between_models_are_noticed(photo_folder):
+    def overwrite(pixels):
+        Image.new("RGB", (64, 64), (1, 2, 3)).save(photo_folder / "a.png")
+        return pixels
+
+    with pytest.raises(DataError, match="changed"):
+        bench(photo_folder, [("first", Rigged(overwrite)), ("second", Rigged())], size=40, speed=False)
+
+
+class TestCommand:
+    def test_a_table_with_the_protocol(self, photo_folder, capsys, tmp_path):
+        kl = tmp_path / "a=b"
+        tiny_kl().save_pretrained(kl)
+        command = ["bench", str(photo_folder), "--model", "dc-ae-tiny", "--model", f"mine={kl}", "--model", str(kl)]
+        assert main([*command, "--size", "40", "--limit", "3", "--out", str(tmp_path / "out")]) == 0
+        output = capsys.readouterr()
+        results = read_results(tmp_path / "out")
+        assert [model["name"] for model in results["models"]] == ["dc-ae-tiny", "mine", str(kl)]
+        assert results["models"][1]["metrics"] == results["models"][2]["metrics"]
+        for text in (
+            "PSNR",
+            "f4c4",
+            "3 images of 40 px",
+            "rounded half up",
+            "torch",
+            f"{results['models'][1]['metrics']['ssim']:.4f}",
+        ):
+            assert text in output.out
+        assert "report.html" in output.err
+
+    def test_json_on_standard_output(self, photo_folder, capsys):
+        assert main(["bench", str(photo_folder), "--model", "dc-ae-tiny", "--size", "40", "--no-speed", "--json"]) == 0
+        results = json.loads(capsys.readouterr().out)
+        assert results["models"][0]["speed"] is None
+        assert results["models"][0]["class"] == type(latentae.create("dc-ae-tiny")).__name__
+
+    @pytest.mark.parametrize(
+        ("arguments", "code", "words"),
+        [
+            (["SRC", "--model", "dc-ae-tinny"], 2, "dc-ae-tinny"),
+            (["SRC", "--model", "dc-ae-f32c32-in-1.0"], 2, "random"),
+            (["nowhere", "--model", "dc-ae-tiny"], 2, "nowhere"),
+            (["SRC", "--model", "dc-ae-tiny", "--metrics", "rfid"], 2, "weights-inception-2015-12-05-6726825d.pth"),
+            (["SRC", "--model", "dc-ae-tiny", "--metrix", "rfid"], 2, "--metrics"),
+        ],
+    )
+    def test_one_sentence_and_the_exit_code(self, photo_folder, capsys, arguments, code, words):
+        try:
+            returned = main(["bench", *[str(photo_folder) if word == "SRC" else word for word in arguments]])
+        except SystemExit as stop:
+            returned = stop.code
+        assert returned == code
+        error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert len(error) == 1
+        assert words in error[0]
+
+    def test_a_broken_image_among_few_is_exit_code_3(self, photo_folder, capsys):
+        (photo_folder / "zero.png").touch()
+        assert main(["bench", str(photo_folder), "--model", "dc-ae-tiny", "--size", "40", "--no-speed"]) == 3
+        assert "1 of 7" in capsys.readouterr().err

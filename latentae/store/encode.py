@@ -43,6 +43,7 @@ from latentae.store.worker import (
     PREFETCH_BYTES,
     BatchEncoder,
     Loader,
+    check_max_bad,
     prefetch,
     raw_posterior,
     refuse_too_many_bad,
@@ -124,6 +125,7 @@ def encode_dataset(
         raise RequestError(f"size={size!r}; expected a number of pixels or 'native'.")
     options = Options(None if size == NATIVE else int(size), kind, dtype, seed, shard_size, limit)
     check_counts(batch_size=batch_size, workers=workers)
+    check_max_bad(max_bad)
     source = open_source(src) if isinstance(src, (str, Path)) else src
     store = Path(dst)
     check_folder(store)

@@ -20,7 +20,7 @@ from latentae.store.configuration import check_counts, open_codec
 from latentae.store.images import ImageWriter
 from latentae.store.memory import BatchRunner, batch_for
 from latentae.store.shard import Sample
-from latentae.store.worker import PREFETCH_BYTES, Loader, prefetch, refuse_too_many_bad
+from latentae.store.worker import PREFETCH_BYTES, Loader, check_max_bad, prefetch, refuse_too_many_bad
 
 PIXEL_BYTES_PER_FILE_BYTE = 20  # roughly, of a photograph
 
@@ -70,6 +70,7 @@ def reconstruct(
         DataError: more images than ``max_bad`` are broken; all others are written by then.
     """
     check_counts(batch_size=batch_size, workers=workers, limit=limit)
+    check_max_bad(max_bad)
     source = open_source(src) if isinstance(src, (str, Path)) else src
     folder = Path(dst)
     if isinstance(src, (str, Path)) and Path(src).is_dir() and folder.resolve().is_relative_to(Path(src).resolve()):

@@ -18,7 +18,7 @@ from latentae.codec import LatentCodec
 from latentae.data.decode import BadImage, DecodePolicy, decode_image, probe_size
 from latentae.data.sources import Item, Source
 from latentae.data.transforms import adm_center_crop, to_tensor
-from latentae.errors import DataError, ResumableError
+from latentae.errors import DataError, RequestError, ResumableError
 from latentae.nn.pixels import pad_to_multiple, to_float
 from latentae.store.configuration import DTYPES, Options
 from latentae.store.memory import BatchRunner, batch_for
@@ -201,6 +201,12 @@ def key_generator(seed: int, key: str) -> torch.Generator:
 def raw_posterior(codec: LatentCodec, pixels: Tensor) -> Any:
     """The codec's posterior of images (B, 3, H, W); for a video autoencoder they are videos of one frame."""
     return codec.posterior(pixels.unsqueeze(2) if codec.is_video else pixels)
+
+
+def check_max_bad(max_bad: float) -> None:
+    """Refuse what is neither a share nor a number of inputs, NaN included."""
+    if not max_bad >= 0:
+        raise RequestError(f"max_bad={max_bad}; expected a share such as 0.01, or a number of inputs.")
 
 
 def refuse_too_many_bad(reasons: Sequence[str], inputs: int, max_bad: float, remedy: str) -> None:

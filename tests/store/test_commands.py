@@ -1,0 +1,124 @@
+"""encode, decode and reconstruct as users type them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from latentae.cli.main import main
+
+MODEL = ["--model", "dc-ae-tiny"]
+
+
+@pytest.fixture
+def encode(seven, tmp_path):
+    def run(*options):
+        return main(["encode", str(seven[0]), str(tmp_path / "store"), *MODEL, "--size", "32", *options])
+
+    return run
+
+
+def test_there_and_back(encode, tmp_path, capsys):
+    assert encode("--shard-size", "3") == 0
+    assert "7 of 7 images in 3 shards (7 now, " in capsys.readouterr().out
+    assert main(["decode", str(tmp_path / "store"), str(tmp_path / "out")]) == 0
+    assert "7 images" in capsys.readouterr().out
+    assert sum(path.suffix == ".png" for path in (tmp_path / "out").rglob("*")) == 7
+
+
+def test_json_summaries_are_all_of_standard_output(encode, seven, tmp_path, capsys):
+    (seven[0] / "bad.png").write_bytes(b"")
+    assert encode("--max-bad", "1", "--json") == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert (summary["inputs"], summary["encoded"], summary["reasons"]) == (8, 7, {"empty": 1})
+    assert main(["decode", str(tmp_path / "store"), str(tmp_path / "out"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["images"] == 7
+    command = ["reconstruct", str(seven[0]), str(tmp_path / "again"), *MODEL, "--max-bad", "1", "--json"]
+    assert main(command) == 0
+    assert json.loads(capsys.readouterr().out)["bad"] == {"bad.png": "empty"}
+
+
+def test_exit_3_beyond_max_bad_and_a_larger_one_finishes(encode, seven, capsys):
+    (seven[0] / "bad.png").write_bytes(b"")
+    assert encode() == 3
+    assert "error: 1 of 8 inputs are bad (1 empty)" in capsys.readouterr().err
+    assert encode("--max-bad", "1") == 0
+    captured = capsys.readouterr()
+    assert "7 of 8 images" in captured.out
+    assert "none new" in captured.out
+    assert "1 bad inputs (1 empty): see" in captured.err
+
+
+def test_exit_2_with_a_diff_when_something_changed(encode, capsys):
+    assert encode() == 0
+    assert encode("--dtype", "float16") == 2
+    assert 'dtype: "float32" in the store, "float16" now' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["encode", "{tmp}/nowhere", "{tmp}/s", *MODEL], "nowhere does not exist"),
+        (["encode", "{tmp}/texts", "{tmp}/s", *MODEL], "holds no images but other files"),
+        (["encode", "{seven}", "{tmp}/s", "--model", "no-such-model"], "no-such-model"),
+        (["encode", "{seven}", "{tmp}/s", "--model", "dc-ae-f32c32-in-1.0"], "--random-weights"),
+        (["encode", "{seven}", "{tmp}/s", *MODEL, "--size", "250"], "size=250 is not a multiple of 8"),
+        (["encode", "{seven}", "{tmp}/s", *MODEL, "--size", "big"], "--size big: expected a number of pixels"),
+        (["encode", "{seven}", "{tmp}/s", *MODEL, "--kind", "moments"], "use kind='mode'"),
+        (["decode", "{tmp}/nowhere", "{tmp}/out"], "is not a store of latents"),
+        (["reconstruct", "{seven}", "{seven}/out", *MODEL], "choose another folder"),
+        (["reconstruct", "{seven}", "{tmp}/out", *MODEL, "--format", "gif"], "expected one of png, webp"),
+    ],
+)
+def test_exit_2_and_one_line_for_what_cannot_be_done(arguments, message, seven, tmp_path, capsys):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "notes.txt").write_text("no image")
+    assert main([word.format(tmp=tmp_path, seven=seven[0]) for word in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert not (tmp_path / "s").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_exit_2_where_nothing_may_be_written(encode, tmp_path, capsys, monkeypatch):
+    def forbid(self, *args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr("pathlib.Path.mkdir", forbid)  # a mode would not stop root
+    assert encode() == 2
+    assert f"No permission for {tmp_path / 'store'}" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_exit_4_on_a_full_disk_and_the_same_command_goes_on(encode, tmp_path, capsys, monkeypatch):
+    real = open
+
+    def full(path, mode="r", *args, **kwargs):
+        return real("/dev/full" if "w" in mode and "shards" in str(path) else path, mode, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", full)
+        assert encode() == 4
+    assert "error: No space left while writing" in capsys.readouterr().err
+    assert encode() == 0
+
+
+def test_exit_4_at_a_limit_of_file_size(encode, seven, tmp_path):
+    """The kernel's own refusal, in a process that has the limit from its start."""
+    code = (
+        "import resource, sys, torch; torch.set_num_threads(1);"
+        "from latentae.cli.main import main;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, resource.RLIM_INFINITY));"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    arguments = ["encode", str(seven[0]), str(tmp_path / "store"), *MODEL, "--size", "128", "--shard-size", "3"]
+    child = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert child.returncode == 4, child.stderr
+    assert "error: No space left while writing" in child.stderr
+    assert not list((tmp_path / "store").rglob("*.tmp"))
+    assert not list((tmp_path / "store").rglob("shards/*.json"))
+    assert main(arguments) == 0

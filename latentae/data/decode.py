@@ -171,9 +171,9 @@ def _explained(name: str | None, data: bytes) -> Iterator[None]:
 
 
 def _is_cut(name: str | None, data: bytes) -> bool:
-    """Whether a file that failed to decode misses its end; a tail of zeros is what a broken download leaves."""
+    """Whether a file that failed to decode misses its end, or has zeros there, as broken downloads leave."""
     if name in END_MARKS:
-        return not data.rstrip(b"\0").endswith(END_MARKS[name])
+        return not data.endswith(END_MARKS[name])
     if name == "WEBP":
         return len(data) < 8 + int.from_bytes(data[4:8], "little")
     if name == "BMP":
@@ -241,7 +241,7 @@ def _deep_samples(image: ImageFile.ImageFile, data: bytes) -> np.ndarray | None:
     elif image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         samples = np.asarray(image)
         if tags.get(BITS_TAG) == (12,):
-            samples = 257 * np.floor(255 * samples / 4095 + 0.5)
+            samples = 257 * np.floor(samples * (255 / 4095) + 0.5)
     else:
         return _deep_colours(image, data)
     if tags.get(PHOTOMETRIC_TAG) == 0:  # white is zero, which Pillow leaves to us
@@ -307,8 +307,6 @@ def _srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | N
     """From the profile's colours to sRGB; None where there is nothing to do or the profile cannot do it."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if source.profile.xcolor_space != {"L": "GRAY", "RGB": "RGB ", "CMYK": "CMYK"}[mode]:
-            return None
         transform = ImageCms.buildTransform(
             source,
             ImageCms.createProfile("sRGB"),

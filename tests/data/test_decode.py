@@ -276,6 +276,29 @@ def test_tiff_whose_white_is_zero():
         np.testing.assert_array_equal(decode_image(stream.getvalue()), grey_to_rgb(expected))
 
 
+def test_12_bit_tiff_is_scaled_to_the_full_range():
+    samples = RNG.integers(0, 4096, (5, 8), dtype=np.uint16)
+    samples[0, :2] = 0, 4095
+    pairs = samples.reshape(5, 4, 2).astype(int)
+    packed = np.stack([pairs[..., 0] >> 4, (pairs[..., 0] & 15) << 4 | pairs[..., 1] >> 8, pairs[..., 1] & 255], -1)
+    data = packed.astype(np.uint8).tobytes()
+    tags = {256: 8, 257: 5, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 5, 279: len(data)}
+    directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", tag, 4, 1, v) for tag, v in tags.items())
+    tiff = b"II*\0" + struct.pack("<I", 8 + len(data)) + data + directory + bytes(4)
+    expected = np.floor(samples * (255 / 4095) + 0.5).astype(np.uint8)
+    np.testing.assert_array_equal(decode_image(tiff), grey_to_rgb(expected))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_premultiplied_alpha(channels):
+    tifffile = pytest.importorskip("tifffile")
+    stream = io.BytesIO()
+    premultiplied = np.dstack([GREY // 2] * channels + [np.full_like(GREY, 128)])
+    photometric = "rgb" if channels == 3 else "minisblack"
+    tifffile.imwrite(stream, premultiplied, photometric=photometric, planarconfig="contig", extrasamples=["assocalpha"])
+    np.testing.assert_array_equal(decode_image(stream.getvalue()), grey_to_rgb(GREY // 2 + 127))
+
+
 def test_16_bit_planes_are_refused_rather_than_scrambled():
     tifffile = pytest.importorskip("tifffile")
     stream = io.BytesIO()
@@ -453,8 +476,9 @@ def test_srgb_in_any_words_changes_nothing():
     curve = np.where(np.linspace(0, 1, 1024) <= 0.04045, np.linspace(0, 1, 1024) / 12.92, curve**2.4)
     points = b"curv\0\0\0\0" + struct.pack(">I", 1024) + np.rint(curve * 65535).astype(">u2").tobytes()
     tags |= {name + b"TRC": points for name in [b"r", b"g", b"b"]}
+    pixels = RNG.integers(0, 256, (100, 100, 3), dtype=np.uint8)  # a conversion would round some of them differently
     for icc in (profile(b"RGB ", tags), ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()):
-        np.testing.assert_array_equal(decode_image(save(RGB, "PNG", icc_profile=icc)), RGB)
+        np.testing.assert_array_equal(decode_image(save(pixels, "PNG", icc_profile=icc)), pixels)
 
 
 def test_grey_profile():

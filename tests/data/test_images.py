@@ -1,5 +1,7 @@
 """The training data set: samples as a pure function of their position, broken images, memory."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -212,6 +214,13 @@ def test_the_cache_stops_at_its_limit(tmp_path, monkeypatch):
     held = sum(image.nbytes for image in dataset._cache.values())
     assert 2 * largest < held <= 3 * largest
     assert decodes == 16 - len(dataset._cache)
+
+
+def test_workers_share_the_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "get_worker_info", lambda: SimpleNamespace(num_workers=4))
+    dataset = ImageDataset(make(tmp_path, 8), size=SIZE, cache_bytes=4 * 44 * 36 * 3)
+    list(dataset)
+    assert len(dataset._cache) == 1
 
 
 def test_cached_images_are_not_changed_by_crops(tmp_path):

@@ -8,7 +8,8 @@
 | embedded ICC profile        | converted to sRGB, relative colorimetric with black point compensation; a broken    |
 |                             | one, or one for another colour space than the samples', is ignored                  |
 | CMYK, YCCK                  | by its profile, or (255 - ink) (255 - black) / 255; JPEG inks inverted as Adobe's   |
-| 16 bit (and 12 bit TIFF)    | scaled to the full 8-bit range and rounded: x / 257                                 |
+| 16 bit (and 12 bit TIFF)    | scaled to the full 8-bit range and rounded: x / 257; inks, premultiplied TIFF and   |
+|                             | colour in JPEG 2000 keep the high byte                                              |
 | float (TIFF, PFM)           | must lie in [0, 1], scaled by 255                                                   |
 | several frames or pages     | the first                                                                           |
 | PNG gAMA, cHRM, cICP chunks | ignored                                                                             |

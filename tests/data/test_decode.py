@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageCms, ImageFile
+from PIL import Image, ImageCms, ImageFile, TiffImagePlugin
 
 from latentae.data.decode import BadImage, DecodePolicy, decode_image, probe_size
 from latentae.errors import DataError
@@ -292,6 +292,8 @@ def test_12_bit_tiff_is_scaled_to_the_full_range():
 @pytest.mark.parametrize("channels", [1, 3])
 def test_premultiplied_alpha(channels):
     tifffile = pytest.importorskip("tifffile")
+    if channels == 1 and ("La", "La") not in TiffImagePlugin.OPEN_INFO.values():
+        pytest.skip("this Pillow does not read premultiplied grey TIFF")
     stream = io.BytesIO()
     premultiplied = np.dstack([GREY // 2] * channels + [np.full_like(GREY, 128)])
     photometric = "rgb" if channels == 3 else "minisblack"
@@ -313,6 +315,21 @@ def test_float_tiff():
     values[0, :2] = 0, 1
     pixels = decode_image(save(values, "TIFF"))
     np.testing.assert_array_equal(pixels, grey_to_rgb(np.rint(values.astype(float) * 255).astype(np.uint8)))
+
+
+def test_pfm():
+    values = RNG.random((5, 7), dtype=np.float32)
+    data = b"Pf\n7 5\n-1.0\n" + values[::-1].astype("<f4").tobytes()  # bottom row first
+    np.testing.assert_array_equal(decode_image(data), grey_to_rgb(np.rint(values.astype(float) * 255).astype(np.uint8)))
+
+
+def test_16_bit_premultiplied_tiff_keeps_the_high_byte():
+    tifffile = pytest.importorskip("tifffile")
+    stream = io.BytesIO()
+    samples = deep(*"rgba")
+    samples[..., 3] = 65535
+    tifffile.imwrite(stream, samples, photometric="rgb", extrasamples=["assocalpha"])
+    np.testing.assert_array_equal(decode_image(stream.getvalue()), samples[..., :3] >> 8)
 
 
 @pytest.mark.parametrize("value", [1.5, -0.1, np.nan, np.inf])

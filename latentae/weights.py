@@ -92,13 +92,17 @@ def open_state_dict(path: str | Path) -> dict[str, Any]:
     """Load tensors from safetensors, or from a PyTorch file with ``weights_only=True``: code in it never runs.
 
     Raises:
+        MissingWeights: there is no such file.
         RequestError: the file is a pickle that holds more than tensors, or is damaged.
     """
     import pickle
+    import warnings
 
     import torch
 
     path = Path(path)
+    if not path.is_file():
+        raise MissingWeights(f"The weight file {path} does not exist.")
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -108,7 +112,9 @@ def open_state_dict(path: str | Path) -> dict[str, Any]:
         except SafetensorError as error:
             raise RequestError(f"{path} is not a whole safetensors file ({error}): copy or fetch it again.") from error
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of pickle protocols, before the file is refused
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise RequestError(
             f"{path} is a pickle that holds more than tensors and opening it could run code, so it is refused: "

@@ -42,8 +42,9 @@ def psnr(reconstruction: Tensor, reference: Tensor, data_range: float | None = N
         RequestError: shapes or dtypes differ, or floats come without a range.
     """
     data_range = _data_range(reconstruction, reference, data_range)
-    error = reconstruction.double() - reference.double()
-    return 10 * torch.log10(data_range**2 / error.square().mean(dim=(1, 2, 3)))
+    dtype = torch.float32 if reference.dtype == torch.uint8 else torch.float64  # float32 holds squares of bytes exactly
+    squares = (reconstruction.to(dtype) - reference.to(dtype)).square()
+    return 10 * torch.log10(data_range**2 / squares.mean(dim=(1, 2, 3), dtype=torch.float64))
 
 
 def ssim(reconstruction: Tensor, reference: Tensor, data_range: float | None = None) -> Tensor:

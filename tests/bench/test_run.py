@@ -88,6 +88,7 @@ def test_every_figure_is_that_of_scikit_image_on_the_saved_pairs(measured):
     results, out, _ = measured
     assert read_json(out / "results.json") == results
     assert len(results["samples"]) == 6
+    assert results["images"]["enlarged"] == 2  # those of 40x130 and 33x71
     for index, model in enumerate(results["models"]):
         expected = {"psnr": [], "ssim": []}
         for sample, row in zip(results["samples"], model["per_image"], strict=True):

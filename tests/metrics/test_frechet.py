@@ -171,8 +171,9 @@ def published(folder, monkeypatch):
     return path
 
 
+@pytest.mark.slow
 def test_end_to_end_it_is_torch_fidelity(published):
-    originals, reconstructions = images(8, size=96), images(8, size=96, blur=5)
+    originals, reconstructions = images(6, size=96), images(6, size=96, blur=5)
     metric = FrechetInceptionDistance()
     metric.update(originals, original=True)
     metric.update(reconstructions, original=False)

@@ -37,7 +37,7 @@ from latentae.store.configuration import (
 )
 from latentae.store.plan import Plan, Shard, make_plan
 from latentae.store.resume import begin_store, check_folder, continue_store, refuse_changed_inputs, sweep
-from latentae.store.shard import ROW_COLUMNS, is_committed, publish, read_marker, read_rows, read_samples
+from latentae.store.shard import ROW_COLUMNS, committed_marker, publish, read_rows, read_samples
 from latentae.store.tables import write_table
 from latentae.store.worker import (
     PREFETCH_BYTES,
@@ -151,7 +151,7 @@ def encode_dataset(
     for folder in (store, store / "shards"):
         sweep(folder)
 
-    committed = {shard.index for shard in plan.shards if is_committed(store, shard, fingerprint)}
+    committed = {shard.index for shard in plan.shards if committed_marker(store, shard, fingerprint)}
     if begun:
         refuse_changed_inputs(store, planned, plan, committed)
     encoder = BatchEncoder(codec, options, batch_size)
@@ -278,7 +278,7 @@ def _log_timing(store: Path, part: _Work, seconds: float) -> None:
 
 
 def _marker(store: Path, shard: Shard, fingerprint: str) -> dict[str, Any]:
-    marker = read_marker(store, shard, fingerprint)
+    marker = committed_marker(store, shard, fingerprint)
     if marker is None:
         raise ResumableError(f"Shard {shard.name} of {store} was changed by another process: run the command again.")
     return marker

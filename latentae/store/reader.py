@@ -21,7 +21,7 @@ from latentae.errors import DataError, RequestError
 from latentae.files import sha256_file
 from latentae.store.configuration import read_configuration, store_fingerprint
 from latentae.store.plan import Plan, Shard
-from latentae.store.shard import is_committed, read_marker, read_rows, shard_files
+from latentae.store.shard import committed_marker, read_marker, read_rows, shard_files
 
 OPEN_SHARDS = 64
 
@@ -76,8 +76,7 @@ class LatentStore:
         self._committed = [
             (shard, marker)
             for shard in self.plan.shards
-            if is_committed(self.path, shard, self._fingerprint)
-            and (marker := read_marker(self.path, shard, self._fingerprint)) is not None
+            if (marker := committed_marker(self.path, shard, self._fingerprint)) is not None
         ]
         self._filled = [(shard, marker) for shard, marker in self._committed if marker["encoded"]]
         self._ends = list(accumulate(marker["encoded"] for _, marker in self._filled))
@@ -181,6 +180,28 @@ class LatentStore:
     @property
     def _stored_dimensions(self) -> int:
         return len(self._filled[0][1]["latent_shape"]) if self._filled else 3
+
+    def describe(self) -> dict[str, Any]:
+        """What the store is, how far it has got, and its statistics, as plain JSON values."""
+        model, markers = self.config["model"], [marker for _, marker in self._committed]
+        statistics = self.statistics() if len(self) else None
+        return {
+            "model": model["name"] or model["class"],
+            "weights_sha256": model["weights_sha256"],
+            "size": self.config["preprocess"]["size"],
+            "kind": self.config["kind"],
+            "dtype": self.config["dtype"],
+            "latent_shapes": sorted({tuple(marker["latent_shape"]) for _, marker in self._filled}),
+            "complete": self.complete,
+            "shards": len(self.plan.shards),
+            "shards_done": len(markers),
+            "inputs": self.plan.inputs,
+            "encoded": len(self),
+            "bad": sum(marker["bad"] for marker in markers),
+            "bytes": sum(marker["data"]["bytes"] for _, marker in self._filled),
+            "channel_mean": statistics and [round(value, 4) for value in statistics.mean.tolist()],
+            "channel_std": statistics and [round(value, 4) for value in statistics.std.tolist()],
+        }
 
     def verify(self) -> list[str]:
         """Hash every committed file again.

@@ -80,14 +80,15 @@ def read_marker(store: Path, shard: Shard, fingerprint: str) -> dict[str, Any] |
     return marker if marker["fingerprint"] == fingerprint else None
 
 
-def is_committed(store: Path, shard: Shard, fingerprint: str) -> bool:
-    """Whether ``shard`` is done: it has a marker, and files of the lengths that the marker says."""
+def committed_marker(store: Path, shard: Shard, fingerprint: str) -> dict[str, Any] | None:
+    """The marker of a shard that is done: it has one, and files of the lengths that the marker says."""
     marker = read_marker(store, shard, fingerprint)
+    if marker is None:
+        return None
     data, rows, _ = shard_files(store, shard)
-    files = ((data, "data"), (rows, "rows"))
-    return marker is not None and all(
-        path.is_file() and path.stat().st_size == marker[part]["bytes"] for path, part in files if marker[part]
-    )
+    files = ((data, marker["data"]), (rows, marker["rows"]))
+    whole = all(path.is_file() and path.stat().st_size == part["bytes"] for path, part in files if part is not None)
+    return marker if whole else None
 
 
 def publish(store: Path, shard: Shard, samples: list[Sample], *, kind: str, fingerprint: str, batch_size: int) -> None:
@@ -112,7 +113,7 @@ def publish(store: Path, shard: Shard, samples: list[Sample], *, kind: str, fing
         "rows": _identity(rows),
         **({} if stored is None else channel_sums(stored, kind)),
     }
-    if is_committed(store, shard, fingerprint) and read_marker(store, shard, fingerprint) == marker:
+    if committed_marker(store, shard, fingerprint) == marker:
         return
     marker_path.unlink(missing_ok=True)  # another version of this shard stops counting before its files change
     fsync_folder(marker_path.parent)

@@ -34,7 +34,8 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> dict[str, li
         DataError: the file is absent or not whole.
     """
     try:
-        return pyarrow.parquet.read_table(path, columns=columns).to_pydict()
+        with pyarrow.parquet.ParquetFile(path) as file:  # read_table would take 'a=b' in a path for a column
+            return file.read(columns).to_pydict()
     except (pyarrow.ArrowException, FileNotFoundError) as error:
         reason = "is missing" if isinstance(error, FileNotFoundError) else f"is not a whole parquet file ({error})"
         raise DataError(f"{path} {reason}: restore it from a copy, or encode into a new folder.") from error

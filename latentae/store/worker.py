@@ -42,9 +42,7 @@ class Loader:
     policy: DecodePolicy
 
     def shape(self, item: Item) -> tuple[int, int]:
-        """Height and width of the prepared pixels, from the image's header; (0, 0) if it has none that can be read."""
-        if self.size is not None:
-            return self.size, self.size
+        """Height and width of a whole image when padded, from its header; (0, 0) if that cannot be read."""
         try:
             height, width = probe_size(self._read(item))
         except BadImage:
@@ -80,7 +78,7 @@ class Loader:
             return self.source.read(item)
         except OSError as error:
             raise ResumableError(
-                f"{item.uri} cannot be read ({error.strerror}): run the same command when its storage is back."
+                f"{item.uri} cannot be read ({error.strerror or error}): run the same command when its storage is back."
             ) from error
 
     def load_for(self, shard: Shard, item: Item) -> Sample:

@@ -1,3 +1,4 @@
+import json
 import pickle
 
 import numpy as np
@@ -189,3 +190,13 @@ def test_an_empty_store_has_no_statistics(tmp_path, dcae):
     assert len(store) == 0
     with pytest.raises(RequestError, match="no encoded inputs yet"):
         store.statistics()
+
+
+def test_a_description_tells_how_far_the_store_has_got(store):
+    (store / "shards/00002.json").unlink()
+    facts = LatentStore(store).describe()
+    assert (facts["complete"], facts["shards"], facts["shards_done"]) == (False, 3, 2)
+    assert (facts["inputs"], facts["encoded"], facts["bad"]) == (8, 5, 1)
+    assert facts["latent_shapes"] == [(8, 4, 4)]
+    assert facts["bytes"] == sum((store / f"shards/0000{i}.safetensors").stat().st_size for i in (0, 1))
+    assert len(json.dumps(facts)) > 100

@@ -344,6 +344,13 @@ def test_requests_that_cannot_be_met(photo_folder, options, message):
         bench(photo_folder, [tiny_taesd()], **options)
 
 
+def test_the_function_and_the_package_of_one_name_do_not_hide_each_other(photo_folder):
+    for _ in range(2):  # the first access imports the package
+        results = latentae.bench(photo_folder, ["dc-ae-tiny"], size=32, speed=False)
+        assert results["models"][0]["name"] == "dc-ae-tiny"
+    assert latentae.bench.run.bench is bench
+
+
 def test_two_models_of_one_name_are_refused(photo_folder):
     with pytest.raises(RequestError, match=r"NAME=MODEL"):
         bench(photo_folder, ["dc-ae-tiny", "dc-ae-tiny"])

@@ -93,7 +93,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if summary.bad:
         reasons = ", ".join(f"{count} {reason}" for reason, count in summary.reasons.items())
-        say(f"{summary.bad} bad inputs ({reasons}): see {args.dst}/quarantine.parquet")
+        say(f"bad: {reasons}; see {args.dst}/quarantine.parquet")
     now = f"{summary.encoded_now} now, {summary.images_per_second:.1f} images/s" if summary.encoded_now else "none new"
-    print(f"{args.dst}: {summary.encoded} of {summary.inputs} images in {summary.shards} shards ({now})")
+    shards = "1 shard" if summary.shards == 1 else f"{summary.shards} shards"
+    print(f"{args.dst}: {summary.encoded} of {summary.inputs} images in {shards} ({now})")
     return 0

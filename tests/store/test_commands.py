@@ -48,7 +48,7 @@ def test_exit_3_beyond_max_bad_and_a_larger_one_finishes(encode, seven, capsys):
     captured = capsys.readouterr()
     assert "7 of 8 images" in captured.out
     assert "none new" in captured.out
-    assert "1 bad inputs (1 empty): see" in captured.err
+    assert "bad: 1 empty; see" in captured.err
 
 
 def test_exit_2_with_a_diff_when_something_changed(encode, capsys):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from latentae.objectives.discriminators import Discriminator
+from latentae.objectives.terms import widen
 
 
 class Adversary(nn.Module):
@@ -71,13 +72,13 @@ class Adversary(nn.Module):
     def generator_loss(self, reconstruction: Tensor) -> Tensor:
         """How far the discriminator is from taking (B, 3, H, W) for real; no gradient reaches the discriminator."""
         with _frozen(self.discriminator):
-            fake = self.discriminator(reconstruction).float()
+            fake = widen(self.discriminator(reconstruction))
             return F.softplus(-fake).mean() if self.loss == "non_saturating" else -fake.mean()
 
     def discriminator_loss(self, target: Tensor, reconstruction: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """How badly the two are told apart, and the mean logits; no gradient reaches the reconstruction."""
-        real = self.discriminator(target).float()
-        fake = self.discriminator(reconstruction.detach()).float()
+        real = widen(self.discriminator(target))
+        fake = widen(self.discriminator(reconstruction.detach()))
         if self.loss == "hinge":
             value = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
         else:

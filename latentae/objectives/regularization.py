@@ -1,10 +1,9 @@
 """Terms on the latents themselves."""
 
-import torch
 from torch import Tensor
 
 from latentae.errors import RequestError
-from latentae.objectives.terms import Step, Term
+from latentae.objectives.terms import Step, Term, widen
 
 
 class KL(Term):
@@ -25,5 +24,5 @@ class KL(Term):
                 f"KL needs a Gaussian posterior, this autoencoder gives {type(posterior).__name__}: "
                 "leave the kl term out of model.objective."
             )
-        mean, logvar = (x if x.dtype == torch.float64 else x.float() for x in (posterior.mean, posterior.logvar))
+        mean, logvar = widen(posterior.mean), widen(posterior.logvar)
         return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()

@@ -29,11 +29,12 @@ class Step:
 
     def at_least_float32(self) -> "Step":
         """The same step with half precision pixels widened; float64 stays."""
-        return replace(self, target=_widen(self.target), reconstruction=_widen(self.reconstruction))
+        return replace(self, target=widen(self.target), reconstruction=widen(self.reconstruction))
 
 
-def _widen(pixels: Tensor) -> Tensor:
-    return pixels.float() if pixels.dtype in (torch.bfloat16, torch.float16) else pixels
+def widen(x: Tensor) -> Tensor:
+    """Half precision to float32; float32 and float64 as they are."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 class Term(nn.Module):

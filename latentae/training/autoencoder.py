@@ -94,6 +94,7 @@ class AutoencoderModule(pl.LightningModule):
         self.samples_seen = 0  # images of all ranks, up to the last step that ended
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
+        self.last_values: dict[str, Tensor] = {}  # of the last step
         self.ema: AutoencoderEMA | None = None
         self.mid_update = False  # some weights have moved and others have not: not a state to save
         self._resumed_ema: tuple[dict[str, Tensor], int] | None = None
@@ -147,8 +148,7 @@ class AutoencoderModule(pl.LightningModule):
         self.window = Window()
         self.mid_update = False
         self.count_skipped(broken)
-        self.log_dict({f"train/{name}": value for name, value in values.items()})
-        self.log("step", float(self.global_step))
+        self.log_values(values)
 
     # Details of a step
 
@@ -181,6 +181,21 @@ class AutoencoderModule(pl.LightningModule):
                 f"{self.max_skipped_steps} steps in a row were not finite in {', '.join(broken)} at step "
                 f"{self.global_step}: lower the learning rate or the weight of that term; the weights are as before."
             )
+
+    def log_values(self, values: dict[str, Tensor]) -> None:
+        """Keep the values of this step for callbacks and, now and then, log them at its ``global_step``.
+
+        Lightning's own log counts batches and would not know of accumulation and skipped steps.
+        """
+        self.last_values = values
+        trainer: Any = self.trainer
+        if self.global_step % trainer.log_every_n_steps == 0:
+            logged = {f"train/{name}": float(value) for name, value in values.items()}
+            logged["train/learning_rate"] = trainer.optimizers[0].param_groups[0]["lr"]
+            logged["train/skipped_steps"] = self.skipped_steps
+            self.log_dict(logged, logger=False)
+            for logger in self.loggers:
+                logger.log_metrics(logged, step=self.global_step)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         optimizers = [self.optimizer(parameter_groups(self.autoencoder))]
@@ -251,6 +266,12 @@ class AutoencoderModule(pl.LightningModule):
                 group.update(options)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        weights = self.autoencoder.state_dict()
+        if broken := [name for name, value in weights.items() if not value.isfinite().all()]:
+            raise DataError(
+                f"{broken[0]} and {len(broken) - 1} other tensors of the autoencoder are not finite, so no checkpoint "
+                "is written: continue from the last one with a lower learning rate."
+            )
         config = json.loads(self.autoencoder.to_json_string())
         class_name = type(self.autoencoder).__name__
         checkpoint["latentae"] = {"class_name": class_name, "config": config, "format": 1}

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import pickle
 import signal
 import warnings
 from argparse import ArgumentError
@@ -28,6 +29,7 @@ from latentae.training.autoencoder import AutoencoderModule
 from latentae.training.callbacks import AtomicCheckpointIO, Checkpoints, ReconstructionImages, TrainingProgress
 from latentae.training.config import check_keys, explain_value, merge, options, with_recipe_files
 from latentae.training.datamodule import ImageData
+from latentae.weights import open_state_dict
 
 TRAINER_DEFAULTS = {
     "max_epochs": -1,
@@ -71,7 +73,7 @@ def fit_command(argv: list[str]) -> int:
         trainer: Any = cli.trainer
         with lightning_manners(trainer):
             trainer.fit(cli.model, cli.datamodule, ckpt_path=last if resuming else None)
-            if trainer.num_val_batches:
+            if cli.datamodule.val_source.items():
                 print_results(trainer.validate(cli.model, cli.datamodule, verbose=False))
         say(f"{cli.run_dir} is finished: {trainer.global_step} steps. Use it as --model {cli.run_dir}.")
         return 0
@@ -122,6 +124,13 @@ def lightning_manners(trainer: Any) -> Iterator[None]:
         if "in DataLoader worker" in str(error):  # the worker's traceback comes with it; its last line is the message
             raise type(error)(str(error).strip().splitlines()[-1].split(": ", 1)[1]) from error
         raise
+    except (RuntimeError, ValueError) as error:
+        if "state_dict" in str(error) or "state dict" in str(error):
+            raise RequestError(
+                f"The run's checkpoint does not fit the changed configuration ({str(error).split(':')[0]}): start "
+                "a new run with --model.autoencoder.init_from RUN_DIR."
+            ) from error
+        raise
     finally:
         signal.signal(signal.SIGTERM, outer)
 
@@ -145,6 +154,8 @@ class CommandLine(LightningCLI):
         )
         recipe = str(dict(options(arguments)).get("config", "fit"))
         self.run_dir = Path(self.config.run_dir or Path("runs", Path(recipe).stem))
+        if self.run_dir.exists() and not self.run_dir.is_dir():
+            raise RequestError(f"{self.run_dir} is a file: --run_dir names the folder of the run.")
         self.config.trainer.default_root_dir = str(self.run_dir)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -232,7 +243,10 @@ def settings(text: str) -> list[str]:
 
 def step_of(checkpoint: Path) -> int:
     """The global step of a checkpoint, without reading its tensors."""
-    return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+    try:
+        return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+    except (RuntimeError, EOFError, pickle.UnpicklingError):
+        return open_state_dict(checkpoint)["global_step"]  # says what is wrong with the file
 
 
 @contextmanager

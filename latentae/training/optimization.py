@@ -67,11 +67,15 @@ def _starts_with(name: str, prefix: str) -> bool:
     return name == prefix or name.startswith(prefix + ".")
 
 
-def set_training_modes(model: nn.Module) -> None:
-    """Training mode where something trains, eval mode where nothing does: frozen BatchNorm must not drift."""
-    for module in model.modules():
-        parameters = list(module.parameters())
-        module.training = not parameters or any(p.requires_grad for p in parameters)
+def set_training_modes(module: nn.Module, inherited: bool = True) -> None:
+    """Training mode where something trains, eval mode where nothing does: frozen BatchNorm must not drift.
+
+    What has no parameters, such as dropout, does as the module around it.
+    """
+    parameters = list(module.parameters())
+    module.training = any(p.requires_grad for p in parameters) if parameters else inherited
+    for child in module.children():
+        set_training_modes(child, module.training)
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:

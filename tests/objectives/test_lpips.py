@@ -72,7 +72,8 @@ def test_gradients_are_finite_on_constant_images(reference, level):
     net, network, path = reference
     ours, constant = LPIPS(net=net, path=path), torch.full((2, 3, 64, 64), level)
     value, ours_gradient = gradient(lambda x: ours(Step(constant, x)), constant)
-    assert value == 0 and torch.isfinite(ours_gradient).all()
+    assert value == 0
+    assert torch.isfinite(ours_gradient).all()
     value, ours_gradient = gradient(lambda x: ours(Step(pixels(0), x)), constant)
     assert torch.isfinite(ours_gradient).all()
     torch.testing.assert_close(value, network(constant, pixels(0)).mean(), atol=1e-6, rtol=1e-6)
@@ -92,7 +93,8 @@ def test_the_network_is_neither_saved_nor_cast_nor_trained(reference):
     net, _, path = reference
     ours = LPIPS(net=net, path=path)
     objective = Objective({"lpips": ours}).to(torch.bfloat16).train()
-    assert objective.state_dict() == {} and list(objective.parameters()) == []
+    assert objective.state_dict() == {}
+    assert list(objective.parameters()) == []
     assert all(p.dtype == torch.float32 and not p.requires_grad for p in ours._network[0].parameters())
     assert not any(module.training for module in ours._network[0].modules())
     with torch.autocast("cpu", torch.bfloat16):

@@ -168,4 +168,5 @@ def test_the_objective_is_the_weighted_sum_and_logs_unweighted_values():
     total, values = objective(step)
     torch.testing.assert_close(values["l1"], F.l1_loss(step.reconstruction, step.target).detach())
     torch.testing.assert_close(total.detach(), 0.25 * values["l1"] + 3 * values["l2"])
-    assert total.requires_grad and not values["l2"].requires_grad
+    assert total.requires_grad
+    assert not values["l2"].requires_grad

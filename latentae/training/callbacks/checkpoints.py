@@ -95,7 +95,7 @@ class Checkpoints(pl.callbacks.Checkpoint):
         self._save_last(trainer, pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if not trainer.training or trainer.sanity_checking or self.monitor not in trainer.callback_metrics:
+        if trainer.state.fn != "fit" or trainer.sanity_checking or self.monitor not in trainer.callback_metrics:
             return
         value = float(trainer.callback_metrics[self.monitor])
         sign = 1 if self.mode == "max" else -1

@@ -38,11 +38,7 @@ class TrainingProgress(pl.callbacks.ProgressBar):
         if now - self._refreshed > REFRESH_SECONDS:
             self._refreshed = now
             rate = (pl_module.samples_seen - self._samples) / (now - self._started)
-            losses = {
-                name.removeprefix("train/"): float(value)
-                for name, value in trainer.callback_metrics.items()
-                if name.startswith("train/") or name == "val/psnr"
-            }
+            losses = {name: float(value) for name, value in pl_module.last_values.items()}
             self._figures = {"images/s": rate, **losses}
         self._bar.advance(trainer.global_step - self._bar.done, **self._figures)
 

@@ -3,6 +3,9 @@
 import hashlib
 import json
 import os
+import re
+import socket
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +23,7 @@ def atomic_write(path: Path | str) -> Iterator[BinaryIO]:
     (disk full included) the temporary file is removed and whatever stood under ``path`` before stays untouched.
     """
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}{TEMPORARY_SUFFIX}")
+    temporary = path.with_name(f"{_host()}.{os.getpid()}.{uuid.uuid4().hex[:8]}{TEMPORARY_SUFFIX}")
     try:
         with open(temporary, "wb") as stream:
             yield stream
@@ -73,12 +76,27 @@ def sha256_json(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def remove_stale_temporaries(folder: Path, older_than_seconds: float = 3600) -> int:
-    """Sweep temporary files that a killed process left in ``folder``; young ones may belong to a live process."""
-    import time
-
+def remove_stale_temporaries(folder: Path, older_than_seconds: float = 3600) -> None:
+    """Remove what killed processes left half written in ``folder``: at once if they ran here, else when it is old."""
     limit = time.time() - older_than_seconds
-    stale = [p for p in folder.glob(f"*{TEMPORARY_SUFFIX}") if p.stat().st_mtime < limit]
-    for path in stale:
-        path.unlink(missing_ok=True)
-    return len(stale)
+    for path in folder.glob(f"*{TEMPORARY_SUFFIX}"):
+        writer = re.fullmatch(rf"([0-9a-f]+)\.(\d+)\.[0-9a-f]+{re.escape(TEMPORARY_SUFFIX)}", path.name)
+        if writer is None:
+            continue  # not one of ours
+        dead = writer[1] == _host() and not _is_alive(int(writer[2]))
+        if dead or path.stat().st_mtime < limit:
+            path.unlink(missing_ok=True)
+
+
+def _host() -> str:
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True

@@ -148,11 +148,17 @@ class EfficientViTBlock(nn.Module):
         return self.conv_out(self.attn(x))
 
 
+def require_multiple(what: str, value: int, divisor: int) -> None:
+    if value % divisor:
+        raise RequestError(f"DC-AE cannot group channels for its shortcuts: {what} need {value} to be a multiple of {divisor}.")
+
+
 class DownBlock(nn.Module):
     """Halve the image: a convolution plus the space-to-channel average of its input."""
 
     def __init__(self, channels_in: int, channels_out: int, unshuffle: bool, shortcut: bool = True):
         super().__init__()
+        require_multiple("stage widths going down", 4 * channels_in, channels_out if shortcut else 1)
         self.channels_out = channels_out
         self.unshuffle = unshuffle
         self.shortcut = shortcut
@@ -173,6 +179,7 @@ class UpBlock(nn.Module):
 
     def __init__(self, channels_in: int, channels_out: int, interpolate: bool, shortcut: bool = True):
         super().__init__()
+        require_multiple("stage widths going up", 4 * channels_out, channels_in if shortcut else 1)
         self.channels_out = channels_out
         self.interpolate = interpolate
         self.shortcut = shortcut
@@ -259,6 +266,7 @@ class Encoder(Half):
         self.conv_out = nn.Conv2d(widths[-1], latent_channels, 3, padding=1)
         self.latent_channels = latent_channels
         self.out_shortcut = out_shortcut
+        require_multiple("latents of the encoder", widths[-1], latent_channels if out_shortcut else 1)
 
         self.local_stages = count_local_stages(block_types)
         self.local_ratio = 2**self.local_stages
@@ -303,6 +311,7 @@ class Decoder(Half):
     ):
         super().__init__()
         self.conv_in = nn.Conv2d(latent_channels, widths[-1], 3, padding=1)
+        require_multiple("latents of the decoder", widths[-1], latent_channels if in_shortcut else 1)
         self.in_shortcut = in_shortcut
         self.in_repeats = widths[-1] // latent_channels
         self.up_blocks = nn.ModuleList()

@@ -1,5 +1,7 @@
 """ReLU linear attention (EfficientViT, arXiv 2205.14756): linear in the number of pixels, in fp32 under any precision."""
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,8 @@ def relu_linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float = 1e-15) -
     Returns:
         (B, heads, N, D) in fp32.
     """
-    with torch.autocast(q.device.type, enabled=False):
+    device = q.device.type
+    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
         q, k, v = q.float().relu(), k.float().relu(), v.float()
         context = k.transpose(-1, -2) @ v  # (B, heads, D, D)
         total = k.sum(dim=-2).unsqueeze(-1)  # (B, heads, D, 1)

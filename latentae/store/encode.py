@@ -27,6 +27,7 @@ from latentae.console import Progress
 from latentae.data.decode import DecodePolicy
 from latentae.data.sources import Item, Source, open_source
 from latentae.errors import RequestError, ResumableError
+from latentae.files import remove_stale_temporaries
 from latentae.store.configuration import (
     NATIVE,
     Options,
@@ -36,7 +37,7 @@ from latentae.store.configuration import (
     store_fingerprint,
 )
 from latentae.store.plan import Plan, Shard, make_plan
-from latentae.store.resume import begin_store, check_folder, continue_store, refuse_changed_inputs, sweep
+from latentae.store.resume import begin_store, check_folder, continue_store, refuse_changed_inputs
 from latentae.store.shard import ROW_COLUMNS, committed_marker, publish, read_rows, read_samples
 from latentae.store.tables import write_table
 from latentae.store.worker import (
@@ -149,7 +150,7 @@ def encode_dataset(
     fingerprint = store_fingerprint(configuration)
     (store / "shards").mkdir(exist_ok=True)
     for folder in (store, store / "shards"):
-        sweep(folder)
+        remove_stale_temporaries(folder)
 
     committed = {shard.index for shard in plan.shards if committed_marker(store, shard, fingerprint)}
     if begun:

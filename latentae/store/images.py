@@ -13,9 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from latentae.errors import DataError, RequestError
-from latentae.files import atomic_write
+from latentae.files import atomic_write, remove_stale_temporaries
 from latentae.nn.pixels import to_uint8
-from latentae.store.resume import sweep
 
 SAVE_OPTIONS = {"png": {"compress_level": 4}, "webp": {"lossless": True, "quality": 20, "method": 2}}
 """Both formats keep every pixel as it is; the options trade file size for time."""
@@ -85,7 +84,7 @@ class ImageWriter:
             if not folder.resolve().is_relative_to(self.folder):
                 raise RequestError(f"{folder} leads out of {self.folder} by a symbolic link: remove the link.")
             folder.mkdir(parents=True, exist_ok=True)
-            sweep(folder)
+            remove_stale_temporaries(folder)
         self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="latentae-write")
         return self
 

@@ -4,15 +4,13 @@ A changed model, option or set of inputs is refused with a list of what changed,
 ways cannot be told apart afterwards.
 """
 
-import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from latentae.data.sources import Item
 from latentae.errors import DataError, RequestError
-from latentae.files import TEMPORARY_SUFFIX, remove_stale_temporaries, write_json
+from latentae.files import TEMPORARY_SUFFIX, write_json
 from latentae.store.configuration import configuration_difference, read_configuration
 from latentae.store.plan import Plan, plan_difference
 from latentae.store.shard import read_rows
@@ -25,28 +23,9 @@ def check_folder(store: Path) -> None:
     if store.exists() and not store.is_dir():
         raise RequestError(f"{store} is a file; expected a folder for the store.")
     if store.is_dir() and not (store / "store.json").exists():
-        others = [p.name for p in store.iterdir() if p.name not in PARTS_OF_A_STORE and p.suffix != ".tmp"]
+        others = [p.name for p in store.iterdir() if p.name not in PARTS_OF_A_STORE and p.suffix != TEMPORARY_SUFFIX]
         if others:
             raise RequestError(f"{store} is not a store and not empty (it has {others[0]}): choose another folder.")
-
-
-def sweep(folder: Path) -> None:
-    """Remove what killed processes left half written in ``folder``: at once if they ran here, else when it is old."""
-    remove_stale_temporaries(folder)
-    for path in folder.glob(f"*{TEMPORARY_SUFFIX}"):
-        process = re.search(r"\.(\d+)\.[0-9a-f]+$", path.stem)
-        if process and not _is_alive(int(process[1])):
-            path.unlink(missing_ok=True)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        return True
-    return True
 
 
 def begin_store(store: Path, plan: Plan, configuration: dict[str, Any]) -> None:

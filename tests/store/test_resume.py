@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 import latentae
+from latentae import files
 from latentae.errors import DataError, RequestError
 from latentae.store import encode as encode_module
 from latentae.store.encode import encode_dataset
@@ -97,7 +98,7 @@ def test_temporaries_of_dead_processes_are_swept_and_those_of_the_living_are_not
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     shards = tmp_path / "store" / "shards"
-    orphan, alive = (shards / f"00000.json.{pid}.0123abcd.tmp" for pid in (gone.pid, os.getpid()))
+    orphan, alive = (shards / f"{files._host()}.{pid}.0123abcd.tmp" for pid in (gone.pid, os.getpid()))
     for path in (orphan, alive):
         path.write_text("{")
     encode_dataset(inputs, tmp_path / "store", dcae, **OPTIONS)

@@ -32,21 +32,21 @@ class Latents:
     frames: int | None = None
 
 
-def spatial_ratio(autoencoder: nn.Module) -> int:
+def spatial_ratio(autoencoder: Any) -> int:
     """Pixels per latent along one side."""
-    config: Any = autoencoder.config
+    config = autoencoder.config
     if own := config.get("spatial_compression_ratio") or config.get("scale_factor_spatial"):
         return int(own)
     if "spatial_compression_ratio" in vars(autoencoder):
-        return int(autoencoder.spatial_compression_ratio)  # type: ignore[arg-type]
+        return int(autoencoder.spatial_compression_ratio)
     if "temperal_downsample" in config:  # diffusers' spelling
         return 2 ** len(config["temperal_downsample"])
     return 2 ** (len(config["block_out_channels"]) - 1)
 
 
-def temporal_ratio(autoencoder: nn.Module) -> int:
+def temporal_ratio(autoencoder: Any) -> int:
     """Frames per latent frame, after the first; 1 for images."""
-    config: Any = autoencoder.config
+    config = autoencoder.config
     own = config.get("temporal_compression_ratio") or config.get("scale_factor_temporal")
     return int(own or vars(autoencoder).get("temporal_compression_ratio") or 1)
 
@@ -72,7 +72,7 @@ class LatentCodec:
 
     def __init__(
         self,
-        autoencoder: nn.Module,
+        autoencoder: Any,
         *,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
@@ -82,13 +82,15 @@ class LatentCodec:
         tiling: bool = False,
     ):
         if not (hasattr(autoencoder, "encode") and hasattr(autoencoder, "decode") and hasattr(autoencoder, "config")):
-            raise RequestError(f"{type(autoencoder).__name__} is not an autoencoder: it needs encode, decode and config.")
+            raise RequestError(
+                f"{type(autoencoder).__name__} is not an autoencoder: it needs encode, decode and config."
+            )
         # diffusers' own ``to`` warns on every change of dtype that an empty list of modules should stay in fp32
         if getattr(autoencoder, "_keep_in_fp32_modules", None):
             autoencoder.to(device=device, dtype=dtype)
         else:
             nn.Module.to(autoencoder, device=device, dtype=dtype)
-        self.autoencoder: Any = autoencoder.eval()
+        self.autoencoder = autoencoder.eval()
         self.autocast = autocast
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         if channels_last:
@@ -104,7 +106,7 @@ class LatentCodec:
         self.spatial_ratio = spatial_ratio(autoencoder)
         self.temporal_ratio = temporal_ratio(autoencoder)
         self.latent_channels = int(config.get("latent_channels") or config["z_dim"])
-        encoder: Any = getattr(autoencoder, "encoder", autoencoder)
+        encoder = getattr(autoencoder, "encoder", autoencoder)
         self.is_video = any(isinstance(module, nn.Conv3d) for module in encoder.modules())
         decode_arguments = inspect.signature(self.autoencoder.decode).parameters
         self._takes_generator = "generator" in decode_arguments
@@ -190,7 +192,7 @@ class LatentCodec:
         arguments = {**self._fixed_arguments, **({"generator": generator} if self._takes_generator else {})}
         with self._precision():
             output = self._decode(z, **arguments)
-        pixels = getattr(output, "sample", output).float()
+        pixels: Tensor = (output.sample if hasattr(output, "sample") else output).float()
         if not isinstance(latents, Latents):
             return pixels
         if pixels.ndim == 5:

@@ -6,6 +6,7 @@ Results go to standard output, everything else to standard error.
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 LOG_EVERY_SECONDS = 30.0
 
@@ -25,7 +26,7 @@ class Progress:
         self.description, self.total, self.unit = description, total, unit
         self.done = self.start_done = done
         self.started = self.last_line = time.monotonic()
-        self._bar = None
+        self._bar: Any = None
 
     def __enter__(self) -> "Progress":
         self.started = self.last_line = time.monotonic()

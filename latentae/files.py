@@ -25,11 +25,11 @@ def atomic_write(path: Path | str) -> Iterator[BinaryIO]:
     path = Path(path)
     temporary = path.with_name(f"{_host()}.{os.getpid()}.{uuid.uuid4().hex[:8]}{TEMPORARY_SUFFIX}")
     try:
-        with open(temporary, "wb") as stream:
+        with temporary.open("wb") as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, path)  # noqa: PTH105  (the name that fault tests intercept)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename is None:
@@ -59,7 +59,7 @@ def read_json(path: Path | str) -> Any:
 
 
 def sha256_file(path: Path | str) -> str:
-    with open(path, "rb") as stream:
+    with Path(path).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(stream)
 
 

@@ -95,7 +95,9 @@ def test_padding_is_by_reflection(tiny_dcae):
     torch.testing.assert_close(codec.encode(image).tensor, codec.encode(reflected).tensor)
 
 
-@pytest.mark.parametrize("make", [wan, lambda: AutoencoderKLCogVideoX(block_out_channels=(8,) * 4, norm_num_groups=2, layers_per_block=1)])
+@pytest.mark.parametrize(
+    "make", [wan, lambda: AutoencoderKLCogVideoX(block_out_channels=(8,) * 4, norm_num_groups=2, layers_per_block=1)]
+)
 def test_video_autoencoders_take_clips_and_images(make):
     torch.manual_seed(0)
     codec = LatentCodec(make())

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderDC
@@ -84,7 +85,12 @@ def print_peak(preset: str, which: str, task: str, size: int) -> None:
     else:
         ratio = model.spatial_compression_ratio
         model.decode(torch.zeros(1, model.config.latent_channels, size // ratio, size // ratio))
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+    status = Path("/proc/self/status")  # ru_maxrss would count the parent's memory from before exec
+    if status.exists():
+        kib = next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    else:
+        kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    print(kib / 2**20)
 
 
 def main() -> None:
@@ -103,12 +109,12 @@ def main() -> None:
         return print_peak(preset, which, task, int(size))
     torch.set_num_threads(args.threads)
     rows = [row for preset in args.presets for row in compare(preset, args.size, args.runs)]
-    print(f"{args.size} px, batch 1, fp32, {args.threads} threads, median of {args.runs} alternating runs, torch {torch.__version__}")
+    setting = {"size": args.size, "threads": args.threads, "runs": args.runs, "torch": torch.__version__}
+    print(f"batch 1, fp32, medians of alternating runs: {setting}")
     print(format_table(list(rows[0]), [list(row.values()) for row in rows]))
     print("speedup: " + ", ".join(f"{r['preset']} {r['task']} {r['speedup']:.2f}x" for r in rows))
     if args.json:
-        with open(args.json, "w") as stream:
-            json.dump({"size": args.size, "threads": args.threads, "torch": torch.__version__, "rows": rows}, stream, indent=2)
+        Path(args.json).write_text(json.dumps({**setting, "rows": rows}, indent=2) + "\n")
     return None
 
 

@@ -9,6 +9,7 @@ latents/ (the store), decoded/, photos/ and pipeline/. The same command again go
 """
 
 import argparse
+from typing import Any
 
 SIZE = 256
 PATCH, CHANNELS = 8, 16  # of the model, f8c16, and of the linear codes that it is compared with
@@ -104,22 +105,25 @@ def run(args: argparse.Namespace) -> int:
     write_json(out / "results.json", results)
 
     rows = [["block mean 8 x 8 (3 numbers a block)", block_mean], [f"PCA 8 x 8 ({CHANNELS} numbers)", pca]]
-    print(format_table(["held-out photos, 256 px", "PSNR dB"], [*rows, [f"this DC-AE f8c16 ({CHANNELS} numbers)", psnr]]))
+    print(
+        format_table(["held-out photos, 256 px", "PSNR dB"], [*rows, [f"this DC-AE f8c16 ({CHANNELS} numbers)", psnr]])
+    )
     print(f"{psnr - block_mean:+.2f} dB against the block mean, {psnr - pca:+.2f} dB against PCA")
     print(f"open {out / 'report.html'}; {out / 'model'} opens with diffusers.{stock}.from_pretrained")
     return 0
 
 
-def run_pipeline(vae: "object", photo: "object", folder: "object") -> "object":
+def run_pipeline(vae: Any, photo: Any, folder: Any) -> Any:
     """Send ``photo`` through image-to-image diffusion with a random denoiser; saves and returns the picture."""
+    import diffusers
     import numpy as np
     import torch
-    from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline, UNet2DConditionModel
     from PIL import Image
 
     torch.manual_seed(0)
-    channels = vae.config.latent_channels  # type: ignore[attr-defined]
-    unet = UNet2DConditionModel(
+    channels = vae.config.latent_channels
+    stock: Any = diffusers
+    unet = stock.UNet2DConditionModel(
         in_channels=channels,
         out_channels=channels,
         block_out_channels=(32, 32),
@@ -129,10 +133,10 @@ def run_pipeline(vae: "object", photo: "object", folder: "object") -> "object":
         attention_head_dim=8,
         layers_per_block=1,
     )
-    pipeline = StableDiffusionImg2ImgPipeline(
+    pipeline = stock.StableDiffusionImg2ImgPipeline(
         vae=vae,
         unet=unet.eval(),
-        scheduler=DDIMScheduler(),
+        scheduler=stock.DDIMScheduler(),
         text_encoder=None,
         tokenizer=None,
         safety_checker=None,

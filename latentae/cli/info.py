@@ -9,6 +9,7 @@ an encode has got (it may still be running), and its statistics.
 
 import argparse
 import json
+from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,13 +30,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _store(path: "object") -> dict[str, object]:
+def _store(path: Any) -> dict[str, Any]:
     from latentae.store.reader import LatentStore
 
-    return LatentStore(path).describe()  # type: ignore[arg-type]
+    return LatentStore(path).describe()
 
 
-def _model(what: str) -> dict[str, object]:
+def _model(what: str) -> dict[str, Any]:
     from latentae.codec import LatentCodec
     from latentae.families.presets import PRESETS, describe
     from latentae.loading import load, weights_hash
@@ -44,12 +45,11 @@ def _model(what: str) -> dict[str, object]:
         return describe(what)
     model = load(what)
     codec = LatentCodec(model)
-    count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
     return {
         "class": type(model).__name__,
         "compression": f"f{codec.spatial_ratio}" + (f" t{codec.temporal_ratio}" if codec.is_video else ""),
         "latent_channels": codec.latent_channels,
-        "parameters": count(model),
+        "parameters": sum(p.numel() for p in model.parameters()),
         "dtype": str(codec.dtype).removeprefix("torch."),
         **codec.normalisation,
         "weights_sha256": weights_hash(model),

@@ -45,7 +45,9 @@ class Parser(argparse.ArgumentParser):
 
 def print_help() -> None:
     width = max(map(len, COMMANDS))
-    print("usage: latentae COMMAND [OPTIONS]\n\nTrain, benchmark, run and export the autoencoders of latent diffusion.\n")
+    print(
+        "usage: latentae COMMAND [OPTIONS]\n\nTrain, benchmark, run and export the autoencoders of latent diffusion.\n"
+    )
     print("commands:")
     for name, summary in COMMANDS.items():
         print(f"  {name.ljust(width)}  {summary}")

@@ -15,16 +15,19 @@ def run(args: argparse.Namespace) -> int:
 
     if args.name:
         preset = find_preset(args.name)
-        print(json.dumps({"name": preset.name, "family": preset.family, "hub_id": preset.hub_id, **preset.config}, indent=2))
+        print(
+            json.dumps(
+                {"name": preset.name, "family": preset.family, "hub_id": preset.hub_id, **preset.config}, indent=2
+            )
+        )
         return 0
     rows = [describe(name) for name in presets()]
     if args.json:
         print(json.dumps(rows, indent=2))
         return 0
-    table = [
-        [r["name"], f"f{r['ratio']}c{r['channels']}", f"{r['encoder_millions']:.2f}", f"{r['decoder_millions']:.2f}"]
-        + [r["source"], r["hub_id"] or ""]
-        for r in rows
-    ]
+    table = []
+    for r in rows:
+        parameters = [f"{r[f'{half}_millions']:.2f}" for half in ("encoder", "decoder")]
+        table.append([r["name"], f"f{r['ratio']}c{r['channels']}", *parameters, r["source"], r["hub_id"] or ""])
     print(format_table(["preset", "latents", "encoder M", "decoder M", "source", "weights"], table))
     return 0

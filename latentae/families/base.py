@@ -40,7 +40,7 @@ class EncoderOutput(BaseOutput):
         return self.latent_dist.mode()
 
 
-class Autoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
+class Autoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[misc]
     """Base of all families.
 
     A subclass registers its arguments with ``@register_to_config``, sets ``self.encoder`` (pixels to moments) and
@@ -56,6 +56,7 @@ class Autoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     encoder: Any
     decoder: Any
+    _internal_dict: Any
     temporal_compression_ratio = 1
 
     def __init__(self) -> None:

@@ -33,7 +33,7 @@ ACTIVATIONS = {"relu": F.relu, "relu6": F.relu6, "silu": F.silu}
 LOCAL_STAGES = 3  # convolutional stages at 1/1, 1/2 and 1/4 of the image hold nearly all the memory
 
 
-def make_norm(kind: str, channels: int) -> nn.Module:
+def make_norm(kind: str, channels: int) -> Any:
     if kind == "rms_norm":
         return RMSNorm2d(channels)
     if kind == "batch_norm":
@@ -49,7 +49,7 @@ class ResBlock(nn.Module):
         self.act = ACTIVATIONS[act]
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.norm = make_norm(norm, channels)
+        self.norm: Any = make_norm(norm, channels)
         nn.init.zeros_(self.norm.weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ class LinearAttention(nn.Module):
         self.to_v = nn.Linear(channels, inner, bias=False)
         self.to_qkv_multiscale = nn.ModuleList(MultiscaleProjection(inner, heads, k) for k in kernel_sizes)
         self.to_out = nn.Linear(inner * (1 + len(kernel_sizes)), channels, bias=False)
-        self.norm_out = make_norm(norm, channels)
+        self.norm_out: Any = make_norm(norm, channels)
         nn.init.zeros_(self.norm_out.weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -106,7 +106,8 @@ class LinearAttention(nn.Module):
             scales = [scale(maps).permute(0, 2, 3, 1) for scale in self.to_qkv_multiscale]
             qkv = torch.cat([qkv, *scales], dim=-1)  # (B, H, W, S*3C)
         qkv = qkv.reshape(batch, height * width, -1, 3 * self.head_dim).transpose(1, 2)  # (B, S*heads, HW, 3D)
-        y = relu_linear_attention(*qkv.chunk(3, dim=-1)).to(x.dtype)  # (B, S*heads, HW, D)
+        q, k, v = qkv.chunk(3, dim=-1)
+        y = relu_linear_attention(q, k, v).to(x.dtype)  # (B, S*heads, HW, D)
         y = y.transpose(1, 2).reshape(batch, height, width, -1)  # (B, H, W, S*C)
         y = self.to_out(y).permute(0, 3, 1, 2)  # (B, C, H, W)
         return self.norm_out(y).add_(x)
@@ -150,7 +151,9 @@ class EfficientViTBlock(nn.Module):
 
 def require_multiple(what: str, value: int, divisor: int) -> None:
     if value % divisor:
-        raise RequestError(f"DC-AE cannot group channels for its shortcuts: {what} need {value} to be a multiple of {divisor}.")
+        raise RequestError(
+            f"DC-AE cannot group channels for its shortcuts: {what} need {value} to be a multiple of {divisor}."
+        )
 
 
 class DownBlock(nn.Module):
@@ -227,7 +230,7 @@ class Half(nn.Module):
     gradient_checkpointing = False
     _gradient_checkpointing_func: Any = None
 
-    def run(self, stage: nn.Sequential, x: Tensor) -> Tensor:
+    def run(self, stage: Any, x: Tensor) -> Tensor:
         for block in stage:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = self._gradient_checkpointing_func(block, x)
@@ -367,7 +370,8 @@ class DCAE(Autoencoder):
         encoder_block_out_channels, decoder_block_out_channels: width of each stage.
         encoder_layers_per_block, decoder_layers_per_block: blocks in each stage.
         encoder_qkv_multiscales, decoder_qkv_multiscales: kernel sizes of the extra attention scales of each stage.
-        upsample_block_type: ``pixel_shuffle`` or ``interpolate``; downsample_block_type: ``pixel_unshuffle`` or ``conv``.
+        upsample_block_type: ``pixel_shuffle`` or ``interpolate``.
+        downsample_block_type: ``pixel_unshuffle`` or ``conv``.
         decoder_norm_types, decoder_act_fns: of the decoder's blocks, for all stages or one each.
         encoder_out_shortcut, decoder_in_shortcut: shortcuts around the latent; DC-AE 1.5 has none, and only then do
             the first channels of a latent stand alone (`decode` takes any prefix of them).
@@ -375,8 +379,8 @@ class DCAE(Autoencoder):
         scaling_factor: one over the root mean square of the latents.
     """
 
-    _no_split_modules = ["ResBlock", "EfficientViTBlock"]
-    _repeated_blocks = ["ResBlock", "EfficientViTBlock"]
+    _no_split_modules: Any = ["ResBlock", "EfficientViTBlock"]
+    _repeated_blocks: Any = ["ResBlock", "EfficientViTBlock"]
 
     @register_to_config
     def __init__(

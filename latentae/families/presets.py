@@ -135,7 +135,7 @@ _PRESETS = [
     Preset("dc-ae-f32c128-1.1", "DCAE", _dcae_structured(F32, 1.0), DCAE15_PAPER, "dc-ai/{}"),
     Preset("dc-ae-f32c128-1.5", "DCAE", _dcae_structured(F32, 1.0), DCAE15_PAPER, "dc-ai/{}"),
     Preset("dc-ae-f64c128-1.5", "DCAE", _dcae_structured((*F32, 1024), 0.5935), DCAE15_PAPER, "dc-ai/{}"),
-    Preset("dc-ae-f8c16-small", "DCAE", _dcae_small(16, (32, 64, 128, 128), 2), "ours, for the demo"),
+    Preset("dc-ae-f8c16-small", "DCAE", _dcae_small(16, (32, 32, 64, 128), 1), "ours, for the demo"),
     Preset("dc-ae-tiny", "DCAE", _dcae_small(8, (16, 16, 32, 32), 1), "ours, for tests"),
 ]
 PRESETS = {preset.name: preset for preset in _PRESETS}
@@ -188,7 +188,9 @@ def describe(name: str) -> dict[str, Any]:
     preset = find_preset(name)
     with torch.device("meta"):
         autoencoder = create(name)
-    millions = {half: sum(p.numel() for p in getattr(autoencoder, half).parameters()) / 1e6 for half in ("encoder", "decoder")}
+    millions = {
+        half: sum(p.numel() for p in getattr(autoencoder, half).parameters()) / 1e6 for half in ("encoder", "decoder")
+    }
     return {
         "name": name,
         "family": preset.family,

@@ -1,4 +1,4 @@
-"""ReLU linear attention (EfficientViT, arXiv 2205.14756): linear in the number of pixels, in fp32 under any precision."""
+"""ReLU linear attention (EfficientViT, arXiv 2205.14756): cost linear in the pixels, fp32 under any precision."""
 
 from contextlib import nullcontext
 

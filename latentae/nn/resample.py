@@ -1,6 +1,6 @@
 """Space to channel and back: the parameter-free shortcuts of DC-AE (arXiv 2410.10733, figure 4).
 
-``F.pixel_unshuffle`` orders channels as ``c * 4 + dy * 2 + dx``; both shortcuts group consecutive channels of that order.
+``F.pixel_unshuffle`` orders channels as ``c * 4 + dy * 2 + dx``; both shortcuts group consecutive ones.
 """
 
 import torch

@@ -51,7 +51,9 @@ def test_parameters_are_those_of_the_stock_class(name):
             assert sum(p.numel() for p in half.parameters()) / 1e6 == pytest.approx(millions, abs=0.005)
 
 
-@pytest.mark.parametrize("name", ["dc-ae-f32c32-in-1.0", "dc-ae-f32c32-sana-1.0", "dc-ae-lite-f32c32", "dc-ae-f32c128-1.5"])
+@pytest.mark.parametrize(
+    "name", ["dc-ae-f32c32-in-1.0", "dc-ae-f32c32-sana-1.0", "dc-ae-lite-f32c32", "dc-ae-f32c128-1.5"]
+)
 @pytest.mark.parametrize("size", [(64, 64), (160, 96)])
 def test_reduced_models_agree_with_stock_in_both_directions(name, size, randomise, tmp_path):
     config = {**find_preset(name).config, **WIDTHS, "latent_channels": 32}

@@ -49,7 +49,7 @@ def test_a_full_disk_is_resumable_and_names_the_file(tmp_path):
         with atomic_write(tmp_path / "store.json"):
             raise error
 
-    with pytest.raises(OSError, match="store.json"):
+    with pytest.raises(OSError, match=r"store\.json"):
         write()
     explained = explain_os_error(error)
     assert isinstance(explained, ResumableError)

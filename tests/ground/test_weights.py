@@ -36,9 +36,7 @@ def test_own_folder_comes_first_and_hashes_are_checked(folders, monkeypatch):
 
     for folder, content in zip(folders, (b"own", b"hub")):
         (folder / "vgg16-397923af.pth").write_bytes(content)
-    published = dataclasses.replace(
-        weights.WEIGHT_FILES["vgg16"], sha256_prefix=hashlib.sha256(b"own").hexdigest()[:8]
-    )
+    published = dataclasses.replace(weights.WEIGHT_FILES["vgg16"], sha256_prefix=hashlib.sha256(b"own").hexdigest()[:8])
     monkeypatch.setitem(weights.WEIGHT_FILES, "vgg16", published)
     assert weights.find_weight_file("vgg16") == folders[0] / "vgg16-397923af.pth"
 

@@ -63,11 +63,11 @@ def test_a_run_leaves_a_model_pictures_logs_and_its_configuration(arguments, tmp
 
 def test_the_same_command_says_that_the_run_is_finished(arguments, tmp_path, capsys):
     fit_command(arguments)
-    before = (tmp_path / "run/checkpoints/last.ckpt").stat()
+    before = (tmp_path / "run/checkpoints/last.ckpt").stat().st_mtime_ns
     capsys.readouterr()
     assert fit_command(arguments) == 0
     assert "is finished: 4 of 4 steps are done" in capsys.readouterr().err
-    assert (tmp_path / "run/checkpoints/last.ckpt").stat() == before
+    assert (tmp_path / "run/checkpoints/last.ckpt").stat().st_mtime_ns == before
 
 
 def test_a_changed_configuration_is_refused_with_the_difference(arguments):
@@ -157,6 +157,16 @@ def test_the_demo_trains_on_bundled_photos(tmp_path):
 def test_a_length_is_asked_for(arguments):
     with pytest.raises(RequestError, match=r"--trainer\.max_steps"):
         fit_command([*arguments, "--trainer.max_steps", "-1"])
+
+
+def test_a_recipe_is_asked_for():
+    with pytest.raises(RequestError, match=r"--config: a file, or one of .*demo"):
+        fit_command(["--data.path", "photos"])
+
+
+def test_a_trainer_that_cannot_be_is_one_sentence(arguments):
+    with pytest.raises(RequestError, match="trainer: You selected an invalid strategy name"):
+        fit_command([*arguments, "--trainer.strategy", "foo"])
 
 
 def test_lightning_s_own_options_name_ours(arguments):

@@ -29,6 +29,7 @@ from latentae.training.autoencoder import AutoencoderModule
 from latentae.training.callbacks import AtomicCheckpointIO, Checkpoints, ReconstructionImages, TrainingProgress
 from latentae.training.config import check_keys, explain_value, merge, options, with_recipe_files
 from latentae.training.datamodule import ImageData
+from latentae.training.recipes import recipe_names
 from latentae.weights import open_state_dict
 
 TRAINER_DEFAULTS = {
@@ -75,7 +76,8 @@ def fit_command(argv: list[str]) -> int:
             trainer.fit(cli.model, cli.datamodule, ckpt_path=last if resuming else None)
             if cli.datamodule.val_source.items():
                 print_results(trainer.validate(cli.model, cli.datamodule, verbose=False))
-        say(f"{cli.run_dir} is finished: {trainer.global_step} steps. Use it as --model {cli.run_dir}.")
+        if trainer.is_global_zero:
+            say(f"{cli.run_dir} is finished: {trainer.global_step} steps. Use it as --model {cli.run_dir}.")
         return 0
 
 
@@ -100,6 +102,7 @@ def validate_command(argv: list[str]) -> int:
         return 0
 
 
+@rank_zero_only
 def print_results(results: list[Any]) -> None:
     rows = [(name.removeprefix("val/"), float(value)) for name, value in results[0].items() if name != "step"]
     print(format_table(("held-out", "value"), rows))
@@ -172,6 +175,9 @@ class CommandLine(LightningCLI):
         try:
             self.config = parser.parse_args(args)
         except ArgumentError as error:
+            if "arguments are required" in str(error):
+                names = ", ".join(recipe_names())
+                raise RequestError(f"Give a whole recipe with --config: a file, or one of {names}.") from error
             raise RequestError(explain_value(str(error))) from error
 
     def instantiate_classes(self) -> None:
@@ -192,7 +198,10 @@ class CommandLine(LightningCLI):
         if config.strategy == "auto" and str(config.devices) != "1":
             kwargs["strategy"] = "ddp_find_unused_parameters_true"  # each of the two passes uses one network only
         kwargs["plugins"] = [*(config.plugins or []), AtomicCheckpointIO()]
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError) as error:
+            raise RequestError(f"trainer: {' '.join(str(error).split())}") from error
 
     @property
     def max_steps(self) -> int:

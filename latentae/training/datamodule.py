@@ -98,6 +98,8 @@ class ImageData(pl.LightningDataModule):
         )
         trainer: Any = self.trainer
         mine = range(trainer.global_rank, len(dataset), trainer.world_size)
+        if len(dataset) < trainer.world_size:
+            mine = range(len(dataset))
         return DataLoader(dataset, self.batch_size, sampler=mine, **self._loader_options())
 
     def _loader_options(self) -> dict[str, Any]:

@@ -23,7 +23,7 @@ options of a recipe, each also a key of its YAML
   --data.size N               side of the random crops        --data.batch_size N   per device
   --data.workers N            processes that decode
   --trainer.max_steps N       length of the training          --trainer.precision   32-true or bf16-mixed
-  --trainer.devices N         GPUs or processes               --trainer.val_check_interval N
+  --trainer.devices N         GPUs or processes               --trainer.val_check_interval N   in batches
   --model.autoencoder.preset NAME        what to build ('latentae presets' lists all), or .pretrained FOLDER or hub id
   --model.autoencoder.init_from RUN      start from the weights of an earlier stage
   --model.objective.TERM.weight W        terms by the names in the recipe; --model.objective.NAME CLASS adds one

@@ -103,7 +103,7 @@ class AutoencoderModule(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> None:
         """Learn from ``batch["pixels"]``, uint8 (B, 3, H, W)."""
-        torch.manual_seed((self.seed << 40) + self.samples_seen + self.window.samples)
+        torch.manual_seed(self.draw_seed())
         pixels = to_float(batch["pixels"]).to(self.dtype)
 
         posterior = self.autoencoder.encode(pixels).latent_dist
@@ -151,6 +151,11 @@ class AutoencoderModule(pl.LightningModule):
         self.log_values(values)
 
     # Details of a step
+
+    def draw_seed(self) -> int:
+        """The seed of every random draw in a batch: a function of the run's seed and of the images before it."""
+        position = self.samples_seen + self.window.samples
+        return (self.seed * 0x9E3779B97F4A7C15 + position) % 2**63  # an odd factor keeps the runs' seeds apart
 
     @property
     def optimizers_of_networks(self) -> list[Any]:

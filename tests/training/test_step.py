@@ -215,6 +215,15 @@ def test_bf16_mixed_trains_and_fp16_is_refused(runs, folder, tmp_path):
         runs.fit(runs.module(), runs.data(folder), tmp_path / "fp16", 2, precision="16-true")
 
 
+def test_draws_depend_on_the_seed_and_on_the_images_before(runs):
+    seeds = [runs.module(seed=seed).draw_seed() for seed in (0, 1, 2**24, 2**32 - 1)]
+    assert len(set(seeds)) == 4
+    module = runs.module(seed=1)
+    module.samples_seen += 1
+    assert module.draw_seed() == (seeds[1] + 1) % 2**63
+    torch.manual_seed(max(seeds))  # within torch's range
+
+
 def test_the_norm_of_the_gradient_is_clipped(runs, folder, tmp_path):
     module = runs.module(optimizer=sgd, gradient_clip=1e-3)
     before = torch.cat([p.detach().flatten().clone() for p in module.autoencoder.parameters()])

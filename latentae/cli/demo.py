@@ -124,6 +124,7 @@ def run_pipeline(vae: Any, photo: Any, folder: Any) -> Any:
     channels = vae.config.latent_channels
     stock: Any = diffusers
     unet = stock.UNet2DConditionModel(
+        sample_size=64,
         in_channels=channels,
         out_channels=channels,
         block_out_channels=(32, 32),
@@ -136,7 +137,7 @@ def run_pipeline(vae: Any, photo: Any, folder: Any) -> Any:
     pipeline = stock.StableDiffusionImg2ImgPipeline(
         vae=vae,
         unet=unet.eval(),
-        scheduler=stock.DDIMScheduler(),
+        scheduler=stock.DDIMScheduler(steps_offset=1, clip_sample=False),
         text_encoder=None,
         tokenizer=None,
         safety_checker=None,

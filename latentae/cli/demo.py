@@ -4,7 +4,7 @@ model beside two linear codes of the same photos, and run it as the vae of a dif
 
   latentae demo --out demo
 
-Leaves in the folder: report.html, results.json, run/ (the training), model/ (a folder that stock diffusers opens),
+Leaves in the folder: report.html, results.json, panel.png, run/ (the training), model/ (a folder that stock diffusers opens),
 latents/ (the store), decoded/, photos/ and pipeline/. The same command again goes on where it was stopped.
 """
 
@@ -32,9 +32,11 @@ def run(args: argparse.Namespace) -> int:
     from latentae.bench.report import Section
     from latentae.bench.run import bench
     from latentae.cli.main import run_command
+    from latentae.codec import LatentCodec
     from latentae.console import format_table, say
     from latentae.data.samples import PHOTO_CREDITS, photos
-    from latentae.data.transforms import adm_center_crop
+    from latentae.data.transforms import adm_center_crop, to_tensor
+    from latentae.data.visual import panel
     from latentae.files import write_json
     from latentae.loading import export, load
     from latentae.store.decode import decode_store
@@ -85,6 +87,10 @@ def run(args: argparse.Namespace) -> int:
         ),
         Section("Photos", f"Held out from training. {credits}."),
     ]
+    codec = LatentCodec(load(out / "model"))
+    pixels = torch.stack([to_tensor(crop) for crop in crops])
+    latents = codec.encode(pixels)
+    Image.fromarray(panel(pixels, codec.decode(latents), latents.tensor)).save(out / "panel.png")
     results = bench(
         held_out,
         [("demo", out / "model")],

@@ -5,6 +5,8 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from latentae.nn.precision import widen
+
 
 def relu_linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float = 1e-15) -> Tensor:
     """softmax-free attention with the kernel ``relu(q) . relu(k)``.
@@ -15,11 +17,11 @@ def relu_linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float = 1e-15) -
         q, k, v: (B, heads, N, D) in any float dtype.
 
     Returns:
-        (B, heads, N, D) in fp32.
+        (B, heads, N, D) in fp32, or in fp64 if the arguments are.
     """
     device = q.device.type
     with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
-        q, k, v = q.float().relu(), k.float().relu(), v.float()
+        q, k, v = widen(q).relu(), widen(k).relu(), widen(v)
         context = k.transpose(-1, -2) @ v  # (B, heads, D, D)
         total = k.sum(dim=-2).unsqueeze(-1)  # (B, heads, D, 1)
         return (q @ context) / (q @ total + eps)

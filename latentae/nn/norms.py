@@ -4,6 +4,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from latentae.nn.precision import widen
+
 
 class RMSNorm2d(nn.Module):
     """RMS norm over the channels of each pixel, with weight and bias; computed in fp32 and rounded once.
@@ -22,12 +24,12 @@ class RMSNorm2d(nn.Module):
 
         A fresh map of a large image costs more time than the arithmetic, so blocks give up their temporaries here.
         """
-        y = x.permute(0, 2, 3, 1).float()  # (B, H, W, C)
+        y = widen(x).permute(0, 2, 3, 1)  # (B, H, W, C)
         power = torch.linalg.vector_norm(y, dim=-1, keepdim=True).square() / y.shape[-1]
         scale = torch.rsqrt(power + self.eps)  # (B, H, W, 1)
         if torch.is_grad_enabled():
-            y = torch.addcmul(self.bias.float(), y * scale, self.weight.float())
+            y = torch.addcmul(widen(self.bias), y * scale, widen(self.weight))
         else:
-            y = y.mul_(scale) if overwrite or x.dtype != torch.float32 else y * scale
-            y.mul_(self.weight.float()).add_(self.bias.float())
+            y = y.mul_(scale) if overwrite or y.dtype != x.dtype else y * scale
+            y.mul_(widen(self.weight)).add_(widen(self.bias))
         return y.permute(0, 3, 1, 2).to(x.dtype)

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from latentae.nn.precision import widen
 from latentae.objectives.discriminators import Discriminator
-from latentae.objectives.terms import widen
 
 
 class Adversary(nn.Module):

@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from latentae.errors import RequestError
-from latentae.objectives.terms import Step, Term, widen
+from latentae.nn.precision import widen
+from latentae.objectives.terms import Step, Term
 
 
 class KL(Term):

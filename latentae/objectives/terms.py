@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from latentae.errors import RequestError
+from latentae.nn.precision import widen
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,6 @@ class Step:
     def at_least_float32(self) -> "Step":
         """The same step with half precision pixels widened; float64 stays."""
         return replace(self, target=widen(self.target), reconstruction=widen(self.reconstruction))
-
-
-def widen(x: Tensor) -> Tensor:
-    """Half precision to float32; float32 and float64 as they are."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 class Term(nn.Module):

@@ -227,3 +227,13 @@ def test_runs_as_the_vae_of_a_stable_diffusion_pipeline(autoencoder, tmp_path):
     torch.testing.assert_close(image(again), expected, atol=1e-4, rtol=1e-3)
     assert isinstance(latentae.load(tmp_path), type(autoencoder))
     assert not isinstance(pipeline.vae, AutoencoderKL)
+
+
+def test_double_precision_stays_double(autoencoder, pixels):
+    double = type(autoencoder).from_config(autoencoder.config).eval().double()
+    double.load_state_dict(autoencoder.state_dict())
+    with torch.no_grad():
+        actual, expected = double(pixels.double()).sample, autoencoder(pixels).sample
+        nudged = double(pixels.double() + 1e-12).sample
+    torch.testing.assert_close(actual.float(), expected, atol=1e-4, rtol=1e-3)
+    assert 0 < (nudged - actual).abs().max() < 1e-9  # fp32 inside would round the nudge away or blow it up to 1e-7

@@ -4,7 +4,7 @@ model beside two linear codes of the same photos, and run it as the vae of a dif
 
   latentae demo --out demo
 
-Leaves in the folder: report.html, results.json, panel.png, run/ (the training), model/ (a folder that stock diffusers opens),
+Leaves in the folder: report.html, results.json, panel.png, run/ (the training), model/ (opens in stock diffusers),
 latents/ (the store), decoded/, photos/ and pipeline/. The same command again goes on where it was stopped.
 """
 

@@ -101,7 +101,7 @@ def test_exit_4_on_a_full_disk_and_the_same_command_goes_on(encode, tmp_path, ca
         return real("/dev/full" if "w" in mode and "shards" in str(path) else path, mode, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr("builtins.open", full)
+        patch.setattr("io.open", full)  # what Path.open calls
         assert encode() == 4
     assert "error: No space left while writing" in capsys.readouterr().err
     assert encode() == 0

@@ -1,7 +1,7 @@
 """What training minimises: terms of a weighted sum, and the adversary with its discriminators."""
 
 from latentae.objectives.adversarial import Adversary
-from latentae.objectives.discriminators import Discriminator, PatchGAN
+from latentae.objectives.discriminators import BlurPatchGAN, Discriminator, PatchGAN, PatchGAN3D, UNetGAN
 from latentae.objectives.frequency import GaussianDetail, HaarDetail
 from latentae.objectives.perceptual import LPIPS, MSSSIM
 from latentae.objectives.reconstruction import L1, L2, Charbonnier
@@ -15,12 +15,15 @@ __all__ = [
     "LPIPS",
     "MSSSIM",
     "Adversary",
+    "BlurPatchGAN",
     "Charbonnier",
     "Discriminator",
     "GaussianDetail",
     "HaarDetail",
     "Objective",
     "PatchGAN",
+    "PatchGAN3D",
     "Step",
     "Term",
+    "UNetGAN",
 ]

@@ -23,6 +23,7 @@ from latentae.training.optimization import (
     OptimizerFactory,
     Schedule,
     adamw,
+    last_layer,
     parameter_groups,
     select_trainable,
     set_training_modes,
@@ -113,13 +114,15 @@ class AutoencoderModule(pl.LightningModule):
         adversary = self.adversary
         if adversary and (weight := adversary.weight_at(self.global_step)):
             values["adversarial"] = adversary.generator_loss(reconstruction)
-            loss = loss + weight * values["adversarial"]
+            if adversary.adaptive:
+                values |= adversary.balance(loss, values["adversarial"], last_layer(self.autoencoder.decoder))
+            loss = loss + weight * values.get("adaptive_factor", 1.0) * values["adversarial"]
         self.manual_backward(loss / self.accumulate)
 
         if adversary and adversary.trains_at(self.global_step):
-            values["discriminator"], logits = adversary.discriminator_loss(pixels, reconstruction)
-            self.manual_backward(values["discriminator"] / self.accumulate)
-            values |= logits
+            opposing, parts = adversary.discriminator_loss(pixels, reconstruction, self.global_step)
+            self.manual_backward(opposing / self.accumulate)
+            values |= parts
 
         self.window.add({"loss": loss, **values}, samples=len(pixels) * self.trainer.world_size)
         if self.window.batches == self.accumulate:
@@ -142,6 +145,8 @@ class AutoencoderModule(pl.LightningModule):
                 optimizer.step()
             if self.ema:
                 self.ema.update()
+            if self.adversary:
+                self.adversary.end_step(values)
         for optimizer in self.optimizers_of_networks:
             optimizer.zero_grad()
         self.samples_seen += self.window.samples

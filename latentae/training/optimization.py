@@ -78,6 +78,11 @@ def set_training_modes(module: nn.Module, inherited: bool = True) -> None:
         set_training_modes(child, module.training)
 
 
+def last_layer(decoder: nn.Module) -> nn.Parameter:
+    """The weight of a decoder's last layer: of its parameters the last that is not one-dimensional."""
+    return [p for p in decoder.parameters() if p.ndim > 1][-1]
+
+
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     """Trained parameters in two optimizer groups; norms and biases, all that is one-dimensional, are undecayed."""
     trained = [p for p in model.parameters() if p.requires_grad]

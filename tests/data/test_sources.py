@@ -215,8 +215,8 @@ def test_empty_folder(tmp_path):
 
 
 def test_folder_without_images_says_what_it_found(tmp_path):
-    make(tmp_path, "a.txt", "b.txt", "c/d.TAR", "README")
-    with pytest.raises(RequestError, match=r"holds no images but other files \(2 \.txt, 1 no extension, 1 \.tar\)"):
+    make(tmp_path, "a.txt", "b.txt", "c/d.MOV", "README")
+    with pytest.raises(RequestError, match=r"holds no images but other files \(2 \.txt, 1 no extension, 1 \.mov\)"):
         open_source(tmp_path)
 
 

@@ -1,0 +1,24 @@
+"""Where images come from: folders, tars, parquet files and manifests, all seen as one list of items with bytes.
+
+A source lists its items in an order that depends on nothing but their names, and reads their bytes. Training and
+encoding share sources, so that both see the same keys.
+"""
+
+from latentae.data.sources.base import IMAGE_EXTENSIONS, Item, Source
+from latentae.data.sources.folder import FileSource, FolderSource
+from latentae.data.sources.manifest import ManifestSource
+from latentae.data.sources.opening import open_source
+from latentae.data.sources.parquet import ParquetSource
+from latentae.data.sources.tar import TarSource
+
+__all__ = [
+    "IMAGE_EXTENSIONS",
+    "FileSource",
+    "FolderSource",
+    "Item",
+    "ManifestSource",
+    "ParquetSource",
+    "Source",
+    "TarSource",
+    "open_source",
+]

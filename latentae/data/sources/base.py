@@ -1,0 +1,128 @@
+"""What every source has in common: items, their names and addresses, labels."""
+
+import errno
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import quote_from_bytes, unquote_to_bytes
+
+from latentae.data.decode import BadImage
+from latentae.errors import RequestError
+
+IMAGE_EXTENSIONS = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff"}
+    | {".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".jp2", ".j2k"}
+)
+LABEL_COLUMNS = ("label", "cls")  # the first that is there; also in the metadata of a tar's samples
+SKIPPED_FOLDERS = frozenset({"__MACOSX"})
+# Errors that belong to one file; others (a network share that went away) are not the image's fault.
+FILE_ERRORS = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One input. ``key`` is its relative posix path with extension, ``uri`` finds its bytes, ``size`` counts them.
+
+    The size is exact but for parquet files, which tell it without being read only on average.
+    """
+
+    key: str
+    uri: str
+    size: int
+    label: int | None = None
+
+
+class Source(Protocol):
+    """A set of inputs."""
+
+    def items(self) -> list[Item]:
+        """All items, sorted by key; the same list at every call."""
+        ...
+
+    def read(self, item: Item) -> bytes:
+        """The bytes of one item. Safe in threads and in processes that the source was pickled to.
+
+        Raises:
+            BadImage: with reason ``unreadable``: the item is gone, or may not be read.
+        """
+        ...
+
+
+def file_uri(path: str) -> str:
+    """The percent-encoded URI of an absolute path, always exact."""
+    return "file://" + quote_from_bytes(os.fsencode(path))
+
+
+def path_of(uri: str) -> str:
+    """The path that `file_uri` was made of."""
+    return os.fsdecode(unquote_to_bytes(uri.removeprefix("file://")))
+
+
+def key_of(relative: str) -> str:
+    """A relative path as a key: posix, and bytes that are not UTF-8 written as ``\\xNN``."""
+    return os.fsencode(relative).decode("utf-8", "backslashreplace").replace(os.sep, "/")
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is left out by its name: hidden ones, and what archivers leave behind."""
+    return name.startswith(".") or name in SKIPPED_FOLDERS
+
+
+def read_file(item: Item) -> bytes:
+    """The bytes of the file that ``item.uri`` names."""
+    try:
+        return Path(path_of(item.uri)).read_bytes()
+    except OSError as error:
+        raise unreadable(item, error) from error
+
+
+def unreadable(item: Item, error: OSError) -> Exception:
+    """What to raise for ``error``: a bad image where the file is to blame, else ``error`` itself."""
+    if error.errno not in FILE_ERRORS:
+        return error
+    return BadImage("unreadable", f"{item.key} cannot be read ({error.strerror}).")
+
+
+def sort_by_key(items: Iterable[Item]) -> list[Item]:
+    """Items in the order of their keys.
+
+    Raises:
+        RequestError: two items have one key.
+    """
+    ordered = sorted(items, key=lambda item: item.key)
+    for item, following in pairwise(ordered):
+        if item.key == following.key:
+            raise RequestError(f"{item.uri} and {following.uri} would both get the key {item.key!r}: rename one.")
+    return ordered
+
+
+def label_of(value: object) -> int | str | None:
+    """A label as files hold it: a whole number (also as text, also as 3.0), or text. Empty ones, negative numbers and
+    what is neither mean that there is none."""
+    if isinstance(value, str):
+        value = value.strip()
+        try:
+            value = float(value) if "." in value or value.lower() == "nan" else int(value)
+        except ValueError:
+            return str(value) or None
+    if isinstance(value, float):
+        value = int(value) if math.isfinite(value) and value == int(value) else None
+    return value if isinstance(value, int) and 0 <= value < 2**63 else None
+
+
+def number_labels(labels: list[int | str | None], where: str) -> list[int | None]:
+    """Labels as whole numbers: numbers stay what they are, texts are numbered in sorted order, from 0.
+
+    Raises:
+        RequestError: some are numbers and some are text.
+    """
+    texts = sorted({label for label in labels if isinstance(label, str)})
+    numbers = (label for label in labels if isinstance(label, int))
+    if texts and (number := next(numbers, None)) is not None:
+        raise RequestError(f"{where} has labels of two kinds, such as {number} and {texts[0]!r}: give one kind.")
+    index: dict[int | str | None, int] = {text: i for i, text in enumerate(texts)}
+    return [label if label is None or isinstance(label, int) else index[label] for label in labels]

@@ -1,8 +1,9 @@
 """What training minimises: terms of a weighted sum, and the adversary with its discriminators."""
 
 from latentae.objectives.adversarial import Adversary
+from latentae.objectives.alignment import Alignment
 from latentae.objectives.discriminators import BlurPatchGAN, Discriminator, PatchGAN, PatchGAN3D, UNetGAN
-from latentae.objectives.frequency import GaussianDetail, HaarDetail
+from latentae.objectives.frequency import FocalFrequency, GaussianDetail, HaarDetail
 from latentae.objectives.perceptual import LPIPS, MSSSIM
 from latentae.objectives.reconstruction import L1, L2, Charbonnier
 from latentae.objectives.regularization import KL
@@ -15,9 +16,11 @@ __all__ = [
     "LPIPS",
     "MSSSIM",
     "Adversary",
+    "Alignment",
     "BlurPatchGAN",
     "Charbonnier",
     "Discriminator",
+    "FocalFrequency",
     "GaussianDetail",
     "HaarDetail",
     "Objective",

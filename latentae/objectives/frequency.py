@@ -1,7 +1,7 @@
-"""Terms that look at high frequencies only, as LiteVAE trains with (Sadat et al., 2024, arXiv 2405.14477, section 4.4).
+"""Terms on frequencies: two that look at the high ones only, as LiteVAE trains with, and one on the whole spectrum.
 
-The paper publishes neither weights nor constants; open-litevae's weights are 1.0 (Haar) and 0.5 (Gaussian). Both maps
-are linear, so they are applied once, to the difference of the pixels.
+LiteVAE (Sadat et al., 2024, arXiv 2405.14477, section 4.4) publishes neither weights nor constants; open-litevae's
+weights are 1.0 (Haar) and 0.5 (Gaussian). All maps are linear, so they are applied once, to the difference of pixels.
 """
 
 import torch
@@ -77,3 +77,25 @@ def gaussian_blur(x: Tensor, kernel_size: int, sigma: float) -> Tensor:
     channels = x.shape[1]
     x = F.conv2d(x, taps.view(1, 1, -1, 1).expand(channels, 1, -1, 1), groups=channels)
     return F.conv2d(x, taps.view(1, 1, 1, -1).expand(channels, 1, 1, -1), groups=channels)
+
+
+class FocalFrequency(Term):
+    """Squared error of the spectra, weighted towards the frequencies that are worst (Jiang et al., 2021, 2012.12821).
+
+    With d the magnitude of the difference of the orthonormal 2D Fourier transforms, the mean of w d² for
+    w = (d / max d)^α, constant in the gradient; the maximum is that of an image's channel. At α = 0 it is `L2`.
+
+    Args:
+        alpha: how much the weight concentrates; the paper's is 1.
+    """
+
+    def __init__(self, weight: float = 1.0, alpha: float = 1.0):
+        super().__init__(weight)
+        self.alpha = alpha
+
+    def measure(self, step: Step) -> Tensor:
+        spectrum = torch.fft.fft2(step.reconstruction - step.target, norm="ortho")
+        energy = spectrum.real.square() + spectrum.imag.square()  # (B, 3, H, W), d²
+        largest = energy.detach().amax(dim=(-2, -1), keepdim=True)
+        focus = (energy.detach() / torch.where(largest > 0, largest, 1.0)) ** (self.alpha / 2)
+        return (focus * energy).mean()

@@ -22,11 +22,13 @@ class Step:
         target: the pixels to reconstruct, (B, 3, H, W) in [-1, 1].
         reconstruction: what the decoder made of them, same shape, about [-1, 1], with gradient.
         posterior: the distribution from ``encode(pixels).latent_dist``, with gradient; None where a term needs none.
+        latents: what was decoded, (B, C, h, w), unscaled, with gradient; None where a term needs none.
     """
 
     target: Tensor
     reconstruction: Tensor
     posterior: Any = None
+    latents: Tensor | None = None
 
     def at_least_float32(self) -> "Step":
         """The same step with half precision pixels widened; float64 stays."""
@@ -54,6 +56,10 @@ class Term(nn.Module):
         with torch.autocast(step.target.device.type, enabled=False):
             return self.measure(step.at_least_float32())
 
+    def weight_in(self, step: Step) -> float:
+        """The factor of the value in the sum; it depends on the step where a published reduction does."""
+        return self.weight
+
     def measure(self, step: Step) -> Tensor:
         """What a subclass defines: the unweighted value of a step whose pixels are float32 or float64."""
         raise NotImplementedError
@@ -64,10 +70,15 @@ class Objective(nn.ModuleDict):
 
     def __init__(self, terms: Mapping[str, Term]):
         super().__init__(terms)
-        self.weights = {name: term.weight for name, term in terms.items()}
 
     def forward(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum, with gradient, and every term's unweighted value by name, detached."""
         values = {name: term(step) for name, term in self.items()}
-        total = torch.stack([self.weights[name] * value for name, value in values.items()]).sum()
+        weights = self.weights_in(step)
+        total = torch.stack([weights[name] * value for name, value in values.items()]).sum()
         return total, {name: value.detach() for name, value in values.items()}
+
+    def weights_in(self, step: Step) -> dict[str, float]:
+        """The factor of every term's value in the sum, by name."""
+        terms: Any = self.items()
+        return {name: term.weight_in(step) for name, term in terms}

@@ -108,9 +108,10 @@ class AutoencoderModule(pl.LightningModule):
         pixels = to_float(batch["pixels"]).to(self.dtype)
 
         posterior = self.autoencoder.encode(pixels).latent_dist
-        reconstruction = self.autoencoder.decode(posterior.sample()).sample
+        latents = posterior.sample()
+        reconstruction = self.autoencoder.decode(latents).sample
 
-        loss, values = self.objective(Step(pixels, reconstruction, posterior))
+        loss, values = self.objective(Step(pixels, reconstruction, posterior, latents))
         adversary = self.adversary
         if adversary and (weight := adversary.weight_at(self.global_step)):
             values["adversarial"] = adversary.generator_loss(reconstruction)
@@ -130,7 +131,7 @@ class AutoencoderModule(pl.LightningModule):
 
     def end_step(self, values: dict[str, Tensor]) -> None:
         """Move the weights along the accumulated gradients, unless something in the step is not finite."""
-        trained = [self.autoencoder]
+        trained: list[nn.Module] = [self.generator]
         if "discriminator" in values and self.adversary:
             trained.append(self.adversary.discriminator)
         for name, network in zip(["gradient_norm", "discriminator_gradient_norm"], trained):
@@ -156,6 +157,11 @@ class AutoencoderModule(pl.LightningModule):
         self.log_values(values)
 
     # Details of a step
+
+    @property
+    def generator(self) -> nn.Module:
+        """What trains against the objective: the autoencoder, and what the terms learn beside it."""
+        return nn.ModuleList([self.autoencoder, self.objective])
 
     def draw_seed(self) -> int:
         """The seed of every random draw in a batch: a function of the run's seed and of the images before it."""
@@ -208,7 +214,7 @@ class AutoencoderModule(pl.LightningModule):
                 logger.log_metrics(logged, step=self.global_step)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        optimizers = [self.optimizer(parameter_groups(self.autoencoder))]
+        optimizers = [self.optimizer(parameter_groups(self.generator))]
         if self.adversary:
             make = self.adversary.optimizer or self.optimizer
             optimizers.append(make(parameter_groups(self.adversary.discriminator)))
@@ -226,7 +232,7 @@ class AutoencoderModule(pl.LightningModule):
         posterior = self.autoencoder.encode(pixels).latent_dist
         latents = posterior.mode()
         reconstruction = self.autoencoder.decode(latents).sample
-        _, values = self.objective(Step(pixels, reconstruction, posterior))
+        _, values = self.objective(Step(pixels, reconstruction, posterior, latents))
         rounded = to_uint8(reconstruction)
         values |= {"psnr": psnr(rounded, original).mean(), "ssim": ssim(rounded, original).mean()}
         logged = {f"val/{name}": value.float() for name, value in values.items()}

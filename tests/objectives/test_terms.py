@@ -10,7 +10,19 @@ from scipy.ndimage import correlate1d, gaussian_filter
 from skimage.metrics import structural_similarity
 
 from latentae.errors import RequestError
-from latentae.objectives import KL, L1, L2, MSSSIM, Charbonnier, GaussianDetail, HaarDetail, Objective, Step
+from latentae.objectives import (
+    KL,
+    L1,
+    L2,
+    MSSSIM,
+    Charbonnier,
+    FocalFrequency,
+    GaussianDetail,
+    HaarDetail,
+    Objective,
+    Step,
+    Term,
+)
 from latentae.objectives.perceptual import SCALE_WEIGHTS
 
 
@@ -126,7 +138,7 @@ def test_kl_refuses_a_deterministic_posterior():
         KL()(Step(step.target, step.reconstruction, IdentityDistribution(torch.zeros(1))))
 
 
-TERMS = [L1, L2, Charbonnier, HaarDetail, GaussianDetail, MSSSIM]
+TERMS = [L1, L2, Charbonnier, HaarDetail, GaussianDetail, MSSSIM, FocalFrequency]
 
 
 @pytest.mark.parametrize("term", TERMS)
@@ -139,7 +151,7 @@ def test_terms_are_float32_under_autocast_and_for_half_inputs(term):
     assert term()(half).dtype == torch.float32
 
 
-@pytest.mark.parametrize("term", TERMS)
+@pytest.mark.parametrize("term", [term for term in TERMS if term is not FocalFrequency])  # its weight has no gradient
 def test_gradients_agree_with_finite_differences(term):
     step = pair(11, 12, batch=1)
     assert torch.autograd.gradcheck(lambda x: term()(Step(step.target, x)), (step.reconstruction,), eps=1e-6, atol=1e-5)
@@ -160,6 +172,74 @@ def test_shapes_that_differ_are_named():
 def test_images_below_the_ssim_window_are_refused():
     with pytest.raises(RequestError, match="10x40"):
         MSSSIM()(pair(10, 40))
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0])
+def test_focal_frequency_is_the_paper_s_formula_in_numpy(alpha):
+    step = pair(9, 14)
+    spectra = [np.fft.fft2(x.detach().numpy(), norm="ortho") for x in (step.reconstruction, step.target)]
+    distance = np.abs(spectra[0] - spectra[1])
+    weight = distance**alpha / (distance**alpha).max(axis=(2, 3), keepdims=True)
+    value = FocalFrequency(alpha=alpha)(step)
+    assert value.item() == pytest.approx((weight * distance**2).mean(), rel=1e-12)
+
+    # The weight is constant in the gradient, which is that of a quadratic form: 2 F* (w F d) over the elements.
+    (gradient,) = torch.autograd.grad(value, step.reconstruction)
+    expected = 2 * np.fft.ifft2(weight * (spectra[0] - spectra[1]), norm="ortho").real / distance.size
+    np.testing.assert_allclose(gradient.numpy(), expected, rtol=1e-9, atol=1e-15)
+
+
+def test_focal_frequency_without_focus_is_l2_and_of_equal_images_is_zero():
+    step = pair(9, 14)
+    torch.testing.assert_close(FocalFrequency(alpha=0.0)(step), L2()(step))
+    same = step.target.clone().requires_grad_()
+    value = FocalFrequency()(Step(step.target, same))
+    value.backward()
+    assert value == 0
+    assert torch.equal(same.grad, torch.zeros_like(same))
+
+
+@pytest.mark.parametrize(("size", "latent_channels", "ratio"), [((32, 32), 4, 8), ((32, 64), 16, 16)])
+def test_ldm_s_reduction_gives_ldm_s_gradients_up_to_one_factor(size, latent_channels, ratio):
+    """LDM's own formula, LPIPSWithDiscriminator's sums, with logvar and with the adaptive weight's inputs."""
+    torch.manual_seed(0)
+    target = torch.rand(2, 3, *size, dtype=torch.float64) * 2 - 1
+    latent_shape = (2, 2 * latent_channels, size[0] // ratio, size[1] // ratio)
+    parameters = torch.randn(latent_shape, dtype=torch.float64, requires_grad=True)
+    maps = torch.randn(2, 1, 1, 1, dtype=torch.float64)
+    logvar, perceptual_weight, kl_weight = 0.3, 0.8, 1e-3
+    decoder = torch.randn(latent_channels, 3, dtype=torch.float64)
+
+    def forward():
+        posterior = DiagonalGaussianDistribution(parameters)
+        small = torch.einsum("bchw,cd->bdhw", posterior.mode(), decoder).tanh()
+        return posterior, F.interpolate(small, size)
+
+    def perceptual(a, b):
+        return ((a - b) ** 2).mean(dim=(1, 2, 3), keepdim=True) * maps**2  # (B, 1, 1, 1), as LPIPS gives it
+
+    class Perceptual(Term):
+        def measure(self, step):
+            return perceptual(step.target, step.reconstruction).mean()
+
+    posterior, reconstruction = forward()
+    rec = (target - reconstruction).abs() + perceptual_weight * perceptual(target, reconstruction)
+    nll = rec / np.exp(logvar) + logvar
+    theirs = nll.sum() / nll.shape[0] + kl_weight * posterior.kl().sum() / 2
+    (expected,) = torch.autograd.grad(theirs, parameters)
+
+    posterior, reconstruction = forward()
+    objective = Objective(
+        {
+            "l1": L1(np.exp(-logvar)),
+            "lpips": Perceptual(perceptual_weight * np.exp(-logvar)),
+            "kl": KL(kl_weight, reduction="ldm"),
+        }
+    )
+    ours, values = objective(Step(target, reconstruction, posterior))
+    (gradient,) = torch.autograd.grad(ours, parameters)
+    torch.testing.assert_close(gradient * (3 * size[0] * size[1]), expected)
+    torch.testing.assert_close(values["kl"], (posterior.kl().sum() / parameters[:, ::2].numel()).detach())
 
 
 def test_the_objective_is_the_weighted_sum_and_logs_unweighted_values():

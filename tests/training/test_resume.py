@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+from latentae.objectives import Term
 from latentae.training.cli import fit_command
 
 LAST = "checkpoints/last.ckpt"
@@ -66,14 +67,12 @@ def test_a_crashed_run_repeats_the_uninterrupted_one(runs, folder, tmp_path, acc
 def test_skipped_steps_are_counted_across_a_crash(runs, folder, tmp_path):
     """A skipped step takes its samples but no global step; the position does not lose them."""
 
-    class Poisoned(torch.nn.Module):
-        def forward(self, step):
+    class Poisoned(Term):
+        def measure(self, step):
             return step.reconstruction.mean() * (float("nan") if torch.rand(()) < 0.5 else 1.0)
 
     def go(run_dir, **options):
-        term = Poisoned()
-        term.weight = 1.0
-        module = runs.module(objective={"poison": term}, max_skipped_steps=100)
+        module = runs.module(objective={"poison": Poisoned()}, max_skipped_steps=100)
         return runs.fit(module, runs.data(folder), run_dir, 4, **options)
 
     straight = go(tmp_path / "straight")

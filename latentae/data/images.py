@@ -33,8 +33,8 @@ class ImageDataset(Dataset[dict[str, Any]]):
     with ``epoch = p // len``, cropped by `random_resized_crop_flip`. Without (evaluation), it gives image ``p % len``
     in key order, cropped by `adm_center_crop`; ``seed`` plays no part.
 
-    A broken image is reported once and replaced by the next good one, in key order, so that the sample stays a pure
-    function of its position.
+    Images smaller than ``size`` are enlarged. A broken image is reported once by each process that meets it and
+    replaced by the next good one, in key order, so that the sample stays a pure function of its position.
 
     Args:
         source: where the images come from.
@@ -82,7 +82,8 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         """The sample at a position: ``pixels`` uint8 (3, size, size), ``index`` of the image among the source's items,
-        its ``key``, and its ``label``, -1 without one.
+        its ``key``, its ``label``, -1 without one, and as text, separated by spaces, the indices of the broken images
+        that it ``stands_in_for``.
 
         Raises:
             DataError: more than the share ``max_bad`` of the images is broken.
@@ -90,19 +91,26 @@ class ImageDataset(Dataset[dict[str, Any]]):
         epoch, place = divmod(position, len(self.items))
         if not self.augment:
             index, image = self._good_image(place)
-            return self._sample(index, adm_center_crop(image, self.size))
-        index = int(epoch_order(len(self.items), self.seed, epoch)[place])
-        rng = np.random.default_rng((self.seed, epoch, index))
+            return self._sample(place, index, adm_center_crop(image, self.size))
+        drawn = int(epoch_order(len(self.items), self.seed, epoch)[place])
+        rng = np.random.default_rng((self.seed, epoch, drawn))
         if rng.random() < self.dead_leaves:
             pixels = to_tensor(generate_dead_leaves(position, self.size, self.seed))
-            return {"pixels": pixels, "index": index, "key": f"dead-leaves/{position}", "label": -1}
-        index, image = self._good_image(index)
-        return self._sample(index, random_resized_crop_flip(image, self.size, rng))
+            key = f"dead-leaves/{position}"
+            return {"pixels": pixels, "index": drawn, "key": key, "label": -1, "stands_in_for": ""}
+        index, image = self._good_image(drawn)
+        return self._sample(drawn, index, random_resized_crop_flip(image, self.size, rng))
 
-    def _sample(self, index: int, crop: np.ndarray) -> dict[str, Any]:
+    def _sample(self, drawn: int, index: int, crop: np.ndarray) -> dict[str, Any]:
         item = self.items[index]
-        label = -1 if item.label is None else item.label
-        return {"pixels": to_tensor(crop), "index": index, "key": item.key, "label": label}
+        broken = ((drawn + i) % len(self.items) for i in range((index - drawn) % len(self.items)))
+        return {
+            "pixels": to_tensor(crop),
+            "index": index,
+            "key": item.key,
+            "label": -1 if item.label is None else item.label,
+            "stands_in_for": " ".join(map(str, broken)),
+        }
 
     def _good_image(self, index: int) -> tuple[int, np.ndarray]:
         """The image at ``index``, or the next one that can be decoded, with its index."""
@@ -128,8 +136,16 @@ class ImageDataset(Dataset[dict[str, Any]]):
     def _note_bad(self, index: int, error: BadImage) -> None:
         self.bad[index] = error.reason
         say(f"{self.items[index].key}: {error} The next image stands in for it.")
-        if len(self.bad) > max(1, self.max_bad * len(self.items)) or len(self.bad) == len(self.items):
+        self.refuse_too_many(len(self.bad), index)
+
+    def refuse_too_many(self, bad: int, last: int) -> None:
+        """Stop where ``bad`` broken images, that at index ``last`` the last of them, are too many.
+
+        Raises:
+            DataError: they are more than the share ``max_bad``, and more than one; or all.
+        """
+        if bad > max(1, self.max_bad * len(self.items)) or bad == len(self.items):
             raise DataError(
-                f"{len(self.bad)} of {len(self.items)} images cannot be decoded, {self.items[index].key} the last of "
-                f"them, more than the share of {self.max_bad} that is let pass: remove or repair them."
+                f"{bad} of {len(self.items)} images cannot be decoded, {self.items[last].key} the last of them, more "
+                f"than the share of {self.max_bad} that is let pass: remove or repair them."
             )

@@ -26,7 +26,13 @@ from latentae.console import format_table, say
 from latentae.errors import LatentAEError, RequestError
 from latentae.files import atomic_write
 from latentae.training.autoencoder import AutoencoderModule
-from latentae.training.callbacks import AtomicCheckpointIO, Checkpoints, ReconstructionImages, TrainingProgress
+from latentae.training.callbacks import (
+    AtomicCheckpointIO,
+    BrokenImages,
+    Checkpoints,
+    ReconstructionImages,
+    TrainingProgress,
+)
 from latentae.training.config import check_keys, explain_value, merge, options, with_recipe_files
 from latentae.training.datamodule import ImageData
 from latentae.training.recipes import recipe_names
@@ -194,7 +200,7 @@ class CommandLine(LightningCLI):
         if config.logger in (None, True):
             kwargs["logger"] = TensorBoardLogger(self.run_dir, name="tensorboard", version="")
         if config.enable_progress_bar is not False:
-            kwargs["callbacks"] = [*(config.callbacks or []), TrainingProgress()]
+            kwargs["callbacks"] = [*(config.callbacks or []), BrokenImages(), TrainingProgress()]
         if config.strategy == "auto" and str(config.devices) != "1":
             kwargs["strategy"] = "ddp_find_unused_parameters_true"  # each of the two passes uses one network only
         kwargs["plugins"] = [*(config.plugins or []), AtomicCheckpointIO()]

@@ -29,15 +29,17 @@ class ImageData(pl.LightningDataModule):
     ``trainer.max_steps``.
 
     Args:
-        path: folder of images, searched recursively; ``samples`` for the few photos that dependencies bring along.
+        path: what `open_source` takes: a folder of images, searched recursively, a tar, parquet file or manifest, a
+            pattern or folder of tars; ``samples`` for the few photos that dependencies bring along.
         size: side of the square crops in pixels.
         batch_size: images per batch on each device.
         workers: processes that decode; they change nothing but the speed.
         dead_leaves: share of training samples that are generated pictures instead of photos, from 0 to 1.
-        val_path: folder of held-out images; by default a part of ``path`` is held out.
+        val_path: held-out images, as ``path``; by default a part of ``path`` is held out.
         val_fraction: that part, chosen by a hash of each image's key, at least one image; 0 for no validation.
         val_images: at most so many held-out images; None for all.
-        max_bad: share of images that may be broken; they are reported and replaced.
+        max_bad: share of images that may be broken: they are reported, counted and replaced by the next good ones,
+            and the run stops with exit code 3 when there are more (a single one is always let pass).
         seed: of the order and the crops.
 
     Raises:
@@ -72,7 +74,7 @@ class ImageData(pl.LightningDataModule):
 
     def _split(self) -> tuple[Source, Source]:
         if self.path is None:
-            raise RequestError("There are no images to train on: give a folder of them with --data.path FOLDER.")
+            raise RequestError("There are no images to train on: give a folder, tar or manifest with --data.path.")
         if self.path == SAMPLES:
             return SamplePhotos("train"), SamplePhotos("held_out")
         return hold_out(open_source(self.path), self.val_fraction if self.val_path is None else 0.0)

@@ -1,7 +1,8 @@
 """What happens beside the training step: checkpoints, pictures, progress."""
 
+from latentae.training.callbacks.broken import BrokenImages
 from latentae.training.callbacks.checkpoints import AtomicCheckpointIO, Checkpoints
 from latentae.training.callbacks.images import ReconstructionImages
 from latentae.training.callbacks.progress import TrainingProgress
 
-__all__ = ["AtomicCheckpointIO", "Checkpoints", "ReconstructionImages", "TrainingProgress"]
+__all__ = ["AtomicCheckpointIO", "BrokenImages", "Checkpoints", "ReconstructionImages", "TrainingProgress"]

@@ -6,6 +6,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 from latentae.console import Progress
+from latentae.training.callbacks.broken import BROKEN_IMAGES
 
 REFRESH_SECONDS = 0.5  # reading a loss waits for the device
 
@@ -40,6 +41,8 @@ class TrainingProgress(pl.callbacks.ProgressBar):
             rate = (pl_module.samples_seen - self._samples) / (now - self._started)
             losses = {name: float(value) for name, value in pl_module.last_values.items()}
             self._figures = {"images/s": rate, **losses}
+            if (broken := trainer.callback_metrics.get(BROKEN_IMAGES)) is not None:
+                self._figures["broken"] = str(int(broken))
         self._bar.advance(trainer.global_step - self._bar.done, **self._figures)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:

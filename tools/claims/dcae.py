@@ -211,7 +211,10 @@ def run(tier: str, quick: bool, steps: int | None, figure: Path | None) -> dict[
         "untrained f64c128 (DC-AE's shortcuts)": outcomes[-1].runs[0].values[0],
     }
     verdicts = [threshold.judge(outcomes) for threshold in THRESHOLDS]
+    below = below_pca(outcomes, references, free[METRIC])
     print_table(outcomes, references, free[METRIC])
+    for name in below:
+        print(f"below PCA at its own ratio, so not trained to its end: {name}")
     if figure:
         lines = {name: values[METRIC] for name, values in list(references.items())[:3]}
         title = "From a frozen f8c2 to f64c128: held-out PSNR by shortcut"
@@ -236,6 +239,7 @@ def run(tier: str, quick: bool, steps: int | None, figure: Path | None) -> dict[
         "references": references,
         "arms": {outcome.name: outcome.as_json(metrics) for outcome in outcomes},
         "psnr_lost_from_f8_to_f64": {outcome.name: lost(outcome, free[METRIC]) for outcome in outcomes},
+        "below_pca_at_own_ratio": below,
         "thresholds": verdicts,
         "shown": all(verdict["shown"] for verdict in verdicts),
     }
@@ -244,6 +248,12 @@ def run(tier: str, quick: bool, steps: int | None, figure: Path | None) -> dict[
 def lost(outcome: Outcome, f8_psnr: float) -> float | None:
     """Mean over seeds of the PSNR lost from f8 to f64; None if a run diverged."""
     return None if any(run.diverged for run in outcome.runs) else f8_psnr - outcome.mean(METRIC)
+
+
+def below_pca(outcomes: list[Outcome], references: dict[str, dict[str, float]], f8_psnr: float) -> list[str]:
+    """Names of the models that are worse than the linear code of their own ratio and size."""
+    low = ["f8c2"] if f8_psnr < references["PCA f8c2"][METRIC] else []
+    return low + [o.name for o in outcomes if o.mean(METRIC) < references["PCA f64c128"][METRIC]]
 
 
 def print_table(outcomes: list[Outcome], references: dict[str, dict[str, float]], f8_psnr: float) -> None:

@@ -35,7 +35,11 @@ class Adversary(nn.Module):
     non_saturating softplus(-f)  ½ softplus(-r) + ½ softplus(f)
     ============== ============= ========================================
 
-    The weight is a constant by default, which LiteVAE, Open-MAGVIT2 and TiTok found as good as LDM's adaptive one.
+    The weight is a constant by default, which LiteVAE, Open-MAGVIT2 and TiTok found as good as LDM's adaptive one. The
+    default weights suit a mean-reduced L1 of weight 1 without LPIPS: on 200 photos, 300 steps with them left held-out
+    PSNR where it was; without LeCam the discriminator won (loss down to 0.05), with weight 0.1 PSNR fell by 2 dB.
+    Published weights, beside LPIPS of weight 0.1 to 1: 0.01 (TiTok) to 0.1 (Open-MAGVIT2).
+
     The running means of LeCam and the count of clamped adaptive weights are buffers: checkpoints hold them.
 
     Args:
@@ -64,14 +68,14 @@ class Adversary(nn.Module):
     def __init__(
         self,
         discriminator: Discriminator,
-        weight: float = 0.1,
+        weight: float = 0.02,
         loss: Literal["hinge", "non_saturating", "vanilla"] = "hinge",
         start_step: int = 0,
         ramp_steps: int = 0,
         warmup_steps: int = 0,
         optimizer: Callable[[Iterable], Optimizer] | None = None,
         adaptive: bool = False,
-        lecam: float = 0.0,
+        lecam: float = 0.05,
         r1: float = 0.0,
         r1_every: int = 16,
     ):

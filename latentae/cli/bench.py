@@ -20,7 +20,9 @@ SUMMARY = "measure autoencoders by one stated protocol and write a report"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("src", metavar="SRC", help="folder of images, or one image")
+    parser.add_argument(
+        "src", metavar="SRC", help="images: a folder, a tar or parquet file, a csv, tsv or jsonl, or one image"
+    )
     parser.add_argument(
         "--model", metavar="MODEL", action="append", required=True, help="what to measure; repeat for more"
     )

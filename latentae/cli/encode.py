@@ -1,6 +1,11 @@
-"""Turn a folder of images into a store of latents.
+"""Turn images into a store of latents.
 
   latentae encode photos/ latents/ --model runs/my-run --size 256
+  latentae encode 'train-{000..099}.tar' latents/ --model runs/my-run
+
+SRC is a folder (with all folders below it), a tar as WebDataset and img2dataset write them, a parquet file of images as
+on the Hugging Face hub, a folder or a {000..099} pattern of either, a csv, tsv or jsonl with a column path (relative to
+it), or one image. Labels (folders, .cls or .json members, the column label) are stored beside the latents.
 
 Kill it and run the same command again: it goes on where it was, and the result is the same to the byte. Every image
 ends as a row: encoded, or listed with its reason in latents/quarantine.parquet. A store is only continued with the
@@ -12,7 +17,9 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("src", metavar="SRC", help="folder of images (with all folders below it), or one image")
+    parser.add_argument(
+        "src", metavar="SRC", help="images: a folder, a tar or parquet file, a csv, tsv or jsonl, or one image"
+    )
     parser.add_argument("dst", metavar="DST", help="the store: a new folder, or the one to go on with")
     add_model_arguments(parser, required=True)
     parser.add_argument(

@@ -19,7 +19,10 @@ what to train
   --fork                      continue DIR although the configuration has changed since it was started
 
 options of a recipe, each also a key of its YAML
-  --data.path FOLDER          images to train on; --data.val_path FOLDER others to validate on
+  --data.path FOLDER          images to train on; --data.val_path FOLDER others to validate on: a folder, a tar or
+                              parquet file, a folder or {000..099} pattern of them, or a csv, tsv or jsonl
+  --data.max_bad SHARE        broken images are named, counted and replaced; more than this share of all (default
+                              0.01) stops the run. Images smaller than the crop are enlarged
   --data.size N               side of the random crops        --data.batch_size N   per device
   --data.workers N            processes that decode
   --trainer.max_steps N       length of the training          --trainer.precision   32-true or bf16-mixed

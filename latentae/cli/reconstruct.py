@@ -12,7 +12,9 @@ from latentae.cli.encode import add_max_bad, add_model_arguments, autocast_dtype
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("src", metavar="SRC", help="folder of images (with all folders below it), or one image")
+    parser.add_argument(
+        "src", metavar="SRC", help="images: a folder, a tar or parquet file, a csv, tsv or jsonl, or one image"
+    )
     parser.add_argument("dst", metavar="DST", help="folder for the reconstructions")
     add_model_arguments(parser, required=True)
     parser.add_argument("--format", default="png", help="png (default) or webp, both lossless")

@@ -4,7 +4,6 @@ The Metrics take uint8 pairs only. A float in [-1, 1] and one in [0, 1] look ali
 changes LPIPS by a factor of three and PSNR by 6 dB without a word; bytes have one range.
 """
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from latentae.errors import MissingExtra, RequestError
 from latentae.files import sha256_file
+from latentae.nn.lpips import lpips_network
 from latentae.nn.pixels import to_float
 from latentae.weights import find_weight_file, open_state_dict
 
@@ -214,31 +214,9 @@ class LPIPSMetric(MeanOfImages):
         self.net = net
         file = find_weight_file(LPIPS_BACKBONES[net], weights)
         self.weights_sha256 = sha256_file(file)
-        self._network = (_lpips_network(net, file),)
+        self._network = (lpips_network(net, open_state_dict(file)),)
 
     def values(self, reconstruction: Tensor, reference: Tensor) -> Tensor:
         network = self._network[0].to(reference.device)
         with full_precision(reference.device):
             return network(to_float(reconstruction), to_float(reference)).flatten()  # (B,)
-
-
-def _lpips_network(net: str, backbone_file: Path) -> torch.nn.Module:
-    try:
-        import lpips
-    except ImportError as error:
-        raise MissingExtra("LPIPS", "bench") from error
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="torchvision")  # lpips calls it by its old arguments
-        network = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
-    backbone = open_state_dict(backbone_file)
-    # lpips keeps torchvision's layer numbers: net.slice2.3.weight is features.3.weight
-    wanted = {key: key.split(".", 1)[1] for key in network.net.state_dict()}
-    prefix = "features." if any(key.startswith("features.") for key in backbone) else ""
-    missing = [source for source in wanted.values() if prefix + source not in backbone]
-    if missing:
-        raise RequestError(
-            f"{backbone_file} is not a state dict of torchvision's {LPIPS_BACKBONES[net]}: "
-            f"it lacks {prefix}{missing[0]}."
-        )
-    network.net.load_state_dict({key: backbone[prefix + source] for key, source in wanted.items()})
-    return network.requires_grad_(False).eval()

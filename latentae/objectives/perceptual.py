@@ -1,14 +1,13 @@
 """Terms closer to what people see than a pixel distance: LPIPS, and MS-SSIM, which needs no weight file."""
 
-import warnings
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from latentae.errors import MissingExtra, RequestError
+from latentae.errors import RequestError
+from latentae.nn.lpips import lpips_network
 from latentae.objectives.frequency import gaussian_blur
 from latentae.objectives.terms import Step, Term
 from latentae.weights import find_weight_file, open_state_dict
@@ -34,7 +33,7 @@ class LPIPS(Term):
     def __init__(self, weight: float = 1.0, net: Literal["vgg", "alex"] = "vgg", path: str | None = None):
         super().__init__(weight)
         file = find_weight_file({"vgg": "vgg16", "alex": "alexnet"}[net], path)
-        self._network = (load_lpips(net, open_state_dict(file)),)  # a tuple hides it from nn.Module
+        self._network = (lpips_network(net, open_state_dict(file)),)  # a tuple hides it from nn.Module
 
     def measure(self, step: Step) -> Tensor:
         network: Any = self._network[0].to(step.target.device)
@@ -55,29 +54,6 @@ def _unit(features: Tensor) -> Tensor:
     energy = features.square().sum(dim=1, keepdim=True)  # (B, 1, h, w)
     length = torch.where(energy > 0, energy, 1.0).sqrt()
     return features / (length + 1e-10)
-
-
-def load_lpips(net: Literal["vgg", "alex"], backbone: dict[str, Tensor]) -> nn.Module:
-    """The ``lpips`` package's network with its own linear heads on a torchvision backbone, frozen.
-
-    Args:
-        backbone: torchvision's state dict of the network, whole or only its ``features.*``.
-    """
-    try:
-        import lpips
-    except ImportError as error:
-        raise MissingExtra("LPIPS", "train") from error
-    with warnings.catch_warnings(), torch.device("meta"):  # on meta: the classifier's 120 million weights are unused
-        warnings.simplefilter("ignore", UserWarning)  # lpips passes arguments that torchvision has deprecated
-        network = lpips.LPIPS(net=net, pretrained=False, pnet_rand=True, verbose=False)
-    network.scaling_layer = lpips.ScalingLayer()
-    heads = open_state_dict(Path(lpips.__file__).parent / "weights" / "v0.1" / f"{net}.pth")
-    # slice1.0.weight of lpips is torchvision's features.0.weight
-    features = {f"net.{key}": backbone.get(f"features.{key.split('.', 1)[1]}") for key in network.net.state_dict()}
-    if missing := [key for key, value in features.items() if value is None]:
-        raise RequestError(f"The {net} weight file lacks {len(missing)} tensors such as {missing[0]}: fetch it again.")
-    network.load_state_dict({**features, **heads}, strict=False, assign=True)
-    return network.eval().requires_grad_(False)
 
 
 SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)

@@ -51,6 +51,17 @@ def temporal_ratio(autoencoder: Any) -> int:
     return int(own or vars(autoencoder).get("temporal_compression_ratio") or 1)
 
 
+def posterior_of(output: Any) -> Any:
+    """The distribution in what an autoencoder's ``encode`` returned, with ``mode()`` and ``sample(generator)``.
+
+    Stock classes call it ``latent_dist``, or give bare ``latents`` (AutoencoderTiny, VQModel) or ``latent``.
+    """
+    for field in ("latent_dist", "latents", "latent"):
+        if (found := getattr(output, field, None)) is not None:
+            return IdentityDistribution(found) if isinstance(found, Tensor) else found
+    return IdentityDistribution(output)
+
+
 class LatentCodec:
     """An autoencoder as pixels to normalised latents and back, at any size.
 
@@ -140,11 +151,7 @@ class LatentCodec:
                 multiples of the ratio.
         """
         with self._precision():
-            output = self._encode(pixels.to(self.device, self.dtype, memory_format=self._format(pixels)))
-        for field in ("latent_dist", "latents", "latent"):
-            if (found := getattr(output, field, None)) is not None:
-                return IdentityDistribution(found) if isinstance(found, Tensor) else found
-        return IdentityDistribution(output)
+            return posterior_of(self._encode(pixels.to(self.device, self.dtype, memory_format=self._format(pixels))))
 
     def normalise(self, z: Tensor) -> Tensor:
         """Raw latents (B, C, ...) to what a diffusion model sees, in fp32."""

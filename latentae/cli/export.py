@@ -3,15 +3,24 @@
 DC-AE is written as the stock class AutoencoderDC and stock autoencoders as what they are: the folder opens with
 from_pretrained where latentae is not installed. Weights are safetensors.
 
-  latentae export runs/my-run exported/
+Training moves the latents, and with them the scaling factor that a diffusion model needs. --data measures it on images:
+scaling_factor, with shift_factor or latents_mean and latents_std where the model's configuration has them.
+
+  latentae export runs/my-run exported/ --data photos/
 """
 
 import argparse
+from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="run folder, checkpoint, model folder or hub id")
     parser.add_argument("folder", metavar="DIR", help="where to write; must be new or empty")
+    parser.add_argument("--data", metavar="FOLDER", help="images on which to measure the latents' scale anew")
+    parser.add_argument("--size", type=int, default=256, help="side of their centre crops (default: %(default)s)")
+    parser.add_argument("--limit", type=int, default=5000, help="images to measure on at most (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=8, help="images at a time (default: %(default)s)")
+    parser.add_argument("--device", help="where to measure, such as cuda (default: the CPU)")
     parser.add_argument("--overwrite", action="store_true", help="replace a model that is already in DIR")
     parser.add_argument("--random-weights", action="store_true", help="allow a preset without published weights here")
 
@@ -26,6 +35,83 @@ def run(args: argparse.Namespace) -> int:
     if folder.is_dir() and any(folder.iterdir()) and not args.overwrite:
         raise RequestError(f"{folder} is not empty: choose another folder, or replace what is there with --overwrite.")
     model = load_model(args.model, random_weights=args.random_weights)
+    if args.data is not None:
+        for name, (before, after) in refresh_normalisation(model, _measure(model, args)).items():
+            print(f"{name}: {_brief(before)} -> {_brief(after)}")
     name = export(model, folder)
     print(f"{folder}: diffusers.{name}.from_pretrained({str(folder)!r}) opens it")
     return 0
+
+
+def _measure(model: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """Mean and standard deviation of raw latents, drawn from the posterior with a fixed seed."""
+    import torch
+    from torch.utils.data import DataLoader, Subset
+
+    from latentae.bench.latents import LatentStatistics
+    from latentae.codec import LatentCodec
+    from latentae.console import Progress
+    from latentae.data.images import ImageDataset
+    from latentae.data.sources import open_source
+    from latentae.errors import DataError, RequestError
+    from latentae.nn.pixels import to_float
+
+    codec = LatentCodec(model, device=args.device)
+    if args.size < 1 or args.size % codec.spatial_ratio:
+        raise RequestError(f"--size must be a multiple of the compression, {codec.spatial_ratio}; got {args.size}.")
+    if args.limit < 1 or args.batch_size < 1:
+        raise RequestError("--limit and --batch-size must be at least 1.")
+    if codec.is_video:
+        raise RequestError("--data measures image autoencoders; this one is for video.")
+    dataset = ImageDataset(open_source(args.data), size=args.size, augment=False)
+    chosen = Subset(dataset, range(min(args.limit, len(dataset))))
+    statistics = LatentStatistics()
+    generator = torch.Generator(codec.device).manual_seed(0)
+    with Progress("measuring latents", len(chosen)) as progress, torch.no_grad():
+        for batch in DataLoader(chosen, args.batch_size):
+            statistics.add(codec.posterior(to_float(batch["pixels"])).sample(generator))
+            progress.advance(len(batch["pixels"]))
+    model.to("cpu")
+    results = statistics.results()
+    if not results.get("overall_std"):
+        raise DataError("The latents are constant or not finite on these images, so no scaling factor follows.")
+    return results
+
+
+def refresh_normalisation(model: Any, measured: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Put measured statistics into a model's configuration, by the rule that its class has.
+
+    Per-channel statistics where it has them; else a shift and one over the standard deviation where it has a shift;
+    else one over the standard deviation, or for DC-AE, by its authors' definition, one over the root mean square.
+
+    Returns:
+        The old and the new value by name.
+
+    Raises:
+        RequestError: the configuration has none of these.
+    """
+    from latentae.errors import RequestError
+
+    config = model.config
+    mean, std = measured["overall_mean"], measured["overall_std"]
+    if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+        # normalised latents are (z - mean) * scaling_factor / std
+        new = {"latents_mean": measured["mean"], "latents_std": measured["std"]}
+    elif "scaling_factor" not in type(model)._get_init_keys(type(model)):
+        raise RequestError(f"{type(model).__name__} keeps no scaling factor that --data could measure: leave it out.")
+    elif type(model).__name__ in ("DCAE", "AutoencoderDC"):
+        new = {"scaling_factor": (mean**2 + std**2) ** -0.5}
+    elif config.get("shift_factor"):
+        new = {"shift_factor": mean, "scaling_factor": 1 / std}
+    else:
+        new = {"scaling_factor": 1 / std}
+    changes = {name: (config[name], value) for name, value in new.items()}
+    model.register_to_config(**new)
+    return changes
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, (int, float)):
+        return f"{value:.5g}"
+    values = [f"{v:.3g}" for v in value]
+    return f"[{', '.join(values[:4])}{', …' if len(values) > 4 else ''}]"

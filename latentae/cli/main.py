@@ -18,6 +18,7 @@ from latentae.version import __version__
 COMMANDS = {
     "demo": "train, encode, decode and benchmark a small autoencoder on bundled photos, offline",
     "fit": "train an autoencoder from a recipe; the same command again resumes",
+    "stages": "train by a list of recipes in order; the same command again resumes in the middle",
     "validate": "measure a trained checkpoint on held-out images",
     "encode": "turn a folder of images into a store of latents; killed and resumed at will",
     "decode": "turn a store of latents back into images",
@@ -27,7 +28,7 @@ COMMANDS = {
     "info": "say what a model, a run or a store is",
     "presets": "list every named configuration",
 }
-ARGV_COMMANDS = {"fit", "validate"}  # these hand their arguments to Lightning's own parser
+ARGV_COMMANDS = {"fit", "stages", "validate"}  # these hand their arguments to Lightning's own parser
 
 
 class Parser(argparse.ArgumentParser):

@@ -14,11 +14,13 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
+from latentae.codec import posterior_of
 from latentae.errors import DataError, RequestError
 from latentae.metrics.image import psnr, ssim
 from latentae.nn.pixels import to_float, to_uint8
 from latentae.objectives import Adversary, Objective, Step, Term
 from latentae.training.ema import AutoencoderEMA
+from latentae.training.latents import ChannelPrefix, compile_networks, draw_latents
 from latentae.training.optimization import (
     OptimizerFactory,
     Schedule,
@@ -28,7 +30,7 @@ from latentae.training.optimization import (
     select_trainable,
     set_training_modes,
 )
-from latentae.training.start import build_autoencoder
+from latentae.training.start import build_autoencoder, ema_updates_of
 from latentae.training.window import Window
 
 PRECISIONS = ("32-true", "bf16-mixed", "64-true")
@@ -52,10 +54,14 @@ class AutoencoderModule(pl.LightningModule):
         adversary: a discriminator and its schedule; None trains without.
         trainable: dotted name prefixes of what trains, such as ``decoder.conv_out``; None trains all.
         ema: decay of the averaged weights, which are validated and loaded; None for no averaging.
+        channel_prefix: train on random prefixes of the latent's channels (DC-AE 1.5).
         optimizer: class and arguments, for the trained parameters; norms and biases are undecayed.
         schedule: learning rate by step, for both optimizers; constant by default.
         gradient_clip: largest norm of the gradient, of each network apart; None for no limit.
         accumulate: batches per optimizer step.
+        compile: run encoder, decoder, discriminator and objective through ``torch.compile``.
+        term_gradients_every: steps between measurements of every term's gradient norm at the decoder's last layer,
+            logged as ``train/gradient_of_NAME``: a multiple of ``trainer.log_every_n_steps``; None for never.
         max_skipped_steps: a loss or gradient that is not finite skips its step; so many in a row end the run.
         seed: of the initial weights and of every random draw.
     """
@@ -69,10 +75,13 @@ class AutoencoderModule(pl.LightningModule):
         adversary: Adversary | None = None,
         trainable: list[str] | None = None,
         ema: float | None = 0.999,
+        channel_prefix: ChannelPrefix | None = None,
         optimizer: OptimizerFactory = adamw,
         schedule: Schedule | None = None,
         gradient_clip: float | None = 1.0,
         accumulate: int = 1,
+        compile: bool = False,
+        term_gradients_every: int | None = None,
         max_skipped_steps: int = 10,
         seed: int = 0,
     ):
@@ -80,6 +89,10 @@ class AutoencoderModule(pl.LightningModule):
         self.automatic_optimization = False
         built = autoencoder if isinstance(autoencoder, nn.Module) else build_autoencoder(autoencoder, seed)
         self.autoencoder: Any = built
+        self.inherited_ema_updates = 0 if isinstance(autoencoder, nn.Module) else ema_updates_of(autoencoder)
+        self.channel_prefix = channel_prefix
+        if channel_prefix:
+            channel_prefix.check(built)
         self.objective = Objective(objective)
         self.adversary = adversary
         self.ema_decay = ema
@@ -87,6 +100,8 @@ class AutoencoderModule(pl.LightningModule):
         self.schedule = schedule or Schedule()
         self.gradient_clip = gradient_clip
         self.accumulate = accumulate
+        self.compiled = compile
+        self.term_gradients_every = term_gradients_every
         self.max_skipped_steps = max_skipped_steps
         self.seed = seed
 
@@ -107,17 +122,26 @@ class AutoencoderModule(pl.LightningModule):
         torch.manual_seed(self.draw_seed())
         pixels = to_float(batch["pixels"]).to(self.dtype)
 
-        posterior = self.autoencoder.encode(pixels).latent_dist
-        latents = posterior.sample()
-        reconstruction = self.autoencoder.decode(latents).sample
+        posterior = posterior_of(self.autoencoder.encode(pixels))
+        latents = draw_latents(posterior, self.trainer.global_rank, self.trainer.world_size)
+        if self.channel_prefix:
+            latents, pixels = self.channel_prefix(latents, pixels)
+        decoded = self.autoencoder.decode(latents)
+        reconstruction = decoded.sample
 
-        loss, values = self.objective(Step(pixels, reconstruction, posterior, latents))
+        step = Step(pixels, reconstruction, posterior, latents)
+        loss, values = self.objective(step)
+        if decoded.get("commit_loss") is not None:  # of a VQModel, whose codebook learns from nothing else
+            values["commitment"] = decoded.commit_loss.mean()
+            loss = loss + values["commitment"]
         adversary = self.adversary
         if adversary and (weight := adversary.weight_at(self.global_step)):
             values["adversarial"] = adversary.generator_loss(reconstruction)
             if adversary.adaptive:
                 values |= adversary.balance(loss, values["adversarial"], last_layer(self.autoencoder.decoder))
             loss = loss + weight * values.get("adaptive_factor", 1.0) * values["adversarial"]
+        if self.term_gradients_every and (self.global_step + 1) % self.term_gradients_every == 0:
+            values |= self.term_gradients(step, values)
         self.manual_backward(loss / self.accumulate)
 
         if adversary and adversary.trains_at(self.global_step):
@@ -125,7 +149,7 @@ class AutoencoderModule(pl.LightningModule):
             self.manual_backward(opposing / self.accumulate)
             values |= parts
 
-        self.window.add({"loss": loss, **values}, samples=len(pixels) * self.trainer.world_size)
+        self.window.add({"loss": loss, **values}, samples=len(batch["pixels"]) * self.trainer.world_size)
         if self.window.batches == self.accumulate:
             self.end_step(self.window.means())
 
@@ -162,6 +186,21 @@ class AutoencoderModule(pl.LightningModule):
     def generator(self) -> nn.Module:
         """What trains against the objective: the autoencoder, and what the terms learn beside it."""
         return nn.ModuleList([self.autoencoder, self.objective])
+
+    def term_gradients(self, step: Step, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The norm of every weighted term's gradient at the decoder's last trained layer, from this rank's batch."""
+        weights = self.objective.weights_in(step)
+        parts = {name: weights[name] * term(step) for name, term in self.objective.items()}
+        if self.adversary and "adversarial" in values:
+            factor = self.adversary.weight_at(self.global_step) * values.get("adaptive_factor", 1.0)
+            parts["adversarial"] = factor * values["adversarial"]
+        layer = [p for p in self.autoencoder.decoder.parameters() if p.requires_grad and p.ndim > 1][-1]
+        norms = {}
+        for name, value in parts.items():
+            if value.requires_grad:
+                (gradient,) = torch.autograd.grad(value, layer, retain_graph=True, allow_unused=True)
+                norms[f"gradient_of_{name}"] = value.new_zeros(()) if gradient is None else gradient.norm()
+        return norms
 
     def draw_seed(self) -> int:
         """The seed of every random draw in a batch: a function of the run's seed and of the images before it."""
@@ -225,19 +264,24 @@ class AutoencoderModule(pl.LightningModule):
 
     # Validation, with averaged weights if there are any
 
-    def validation_step(self, batch: dict[str, Any], batch_index: int) -> dict[str, Tensor]:
-        """Reconstruct ``batch["pixels"]`` from the mode; logs every term, and PSNR and SSIM of uint8 pixels."""
+    def validation_step(self, batch: dict[str, Any], batch_index: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """Reconstruct ``batch["pixels"]`` from the mode; logs every term, and PSNR and SSIM of uint8 pixels.
+
+        The names end in ``@SIZE`` if there is more than one size.
+        """
         original = batch["pixels"]
         pixels = to_float(original).to(self.dtype)
-        posterior = self.autoencoder.encode(pixels).latent_dist
+        posterior = posterior_of(self.autoencoder.encode(pixels))
         latents = posterior.mode()
         reconstruction = self.autoencoder.decode(latents).sample
         _, values = self.objective(Step(pixels, reconstruction, posterior, latents))
         rounded = to_uint8(reconstruction)
         values |= {"psnr": psnr(rounded, original).mean(), "ssim": ssim(rounded, original).mean()}
-        logged = {f"val/{name}": value.float() for name, value in values.items()}
-        self.log_dict(logged, batch_size=len(original), sync_dist=True)
-        self.log("step", float(self.global_step), batch_size=len(original))
+        at_size = f"@{original.shape[-1]}" if len(self.trainer.num_val_batches) > 1 else ""
+        logged = {f"val/{name}{at_size}": value.float() for name, value in values.items()}
+        self.log_dict(logged, batch_size=len(original), sync_dist=True, add_dataloader_idx=False)
+        if dataloader_idx == 0:
+            self.log("step", float(self.global_step), batch_size=len(original), add_dataloader_idx=False)
         return {"pixels": original, "reconstruction": rounded, "latents": latents}
 
     def on_validation_epoch_start(self) -> None:
@@ -262,6 +306,13 @@ class AutoencoderModule(pl.LightningModule):
             )
         if self.schedule.kind == "cosine" and self.trainer.max_steps < 0:
             raise RequestError("A cosine schedule ends at trainer.max_steps: set it.")
+        if self.compiled and self.adversary and self.adversary.r1:
+            raise RequestError(
+                "model.compile cannot differentiate twice, as model.adversary.r1 asks for: set compile to false or r1 to 0."
+            )
+        if self.compiled:
+            halves = [self.autoencoder.encoder, self.autoencoder.decoder, self.objective]
+            compile_networks(*halves, *([self.adversary.discriminator] if self.adversary else []))
         self._start_averaging()
 
     def on_validation_start(self) -> None:
@@ -269,7 +320,7 @@ class AutoencoderModule(pl.LightningModule):
 
     def _start_averaging(self) -> None:
         if self.ema is None and self.ema_decay is not None:
-            self.ema = AutoencoderEMA(self.autoencoder, self.ema_decay)
+            self.ema = AutoencoderEMA(self.autoencoder, self.ema_decay, self.inherited_ema_updates)
             if self._resumed_ema:
                 self.ema.load_state_dict(*self._resumed_ema)
                 self._resumed_ema = None

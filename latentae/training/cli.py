@@ -100,6 +100,8 @@ def validate_command(argv: list[str]) -> int:
         if "data.val_images" not in given:
             cli.config.data.val_images = None
         cli.config.images.count = 0
+        if "data.size" in given and "data.val_sizes" not in given:
+            cli.config.data.val_sizes = None
         cli.config.trainer.logger = False
         cli.build(resuming=True)
         trainer: Any = cli.trainer
@@ -110,7 +112,8 @@ def validate_command(argv: list[str]) -> int:
 
 @rank_zero_only
 def print_results(results: list[Any]) -> None:
-    rows = [(name.removeprefix("val/"), float(value)) for name, value in results[0].items() if name != "step"]
+    values = {name: value for of_size in results for name, value in of_size.items() if name != "step"}
+    rows = [(name.removeprefix("val/"), float(value)) for name, value in values.items()]
     print(format_table(("held-out", "value"), rows))
 
 
@@ -191,9 +194,11 @@ class CommandLine(LightningCLI):
 
     def build(self, resuming: bool) -> None:
         """Build trainer, module and data; weights that a checkpoint replaces are not read."""
+        description = self.config.model.autoencoder
         if resuming:
-            self.config.model.autoencoder.pop("init_from", None)
+            self.config.model.autoencoder = {k: v for k, v in description.items() if k != "init_from"}
         super().instantiate_classes()
+        self.config.model.autoencoder = description  # the configuration that is saved names where the run began
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         config = self.config_init.trainer

@@ -37,6 +37,8 @@ class ImageData(pl.LightningDataModule):
         dead_leaves: share of training samples that are generated pictures instead of photos, from 0 to 1.
         val_path: held-out images, as ``path``; by default a part of ``path`` is held out.
         val_fraction: that part, chosen by a hash of each image's key, at least one image; 0 for no validation.
+        val_sizes: sides of the centre crops to validate on, such as ``[256, 512]``, each logged as ``val/psnr@256``;
+            by default ``size`` alone, logged as ``val/psnr``. Smaller images are enlarged.
         val_images: at most so many held-out images; None for all.
         max_bad: share of images that may be broken: they are reported, counted and replaced by the next good ones,
             and the run stops with exit code 3 when there are more (a single one is always let pass).
@@ -55,6 +57,7 @@ class ImageData(pl.LightningDataModule):
         dead_leaves: float = 0.0,
         val_path: str | None = None,
         val_fraction: float = 0.02,
+        val_sizes: list[int] | None = None,
         val_images: int | None = 256,
         max_bad: float = 0.01,
         seed: int = 0,
@@ -64,6 +67,7 @@ class ImageData(pl.LightningDataModule):
         self.size, self.batch_size, self.workers = size, batch_size, workers
         self.dead_leaves, self.max_bad, self.seed = dead_leaves, max_bad, seed
         self.val_fraction, self.val_images = val_fraction, val_images
+        self.validated_sizes = val_sizes or [size]
 
     def setup(self, stage: str) -> None:
         """Find the images."""
@@ -89,15 +93,15 @@ class ImageData(pl.LightningDataModule):
         batches = PositionBatches(start, self.batch_size, trainer.global_rank, trainer.world_size)
         return DataLoader(dataset, batch_sampler=batches, **self._loader_options())
 
-    def val_dataloader(self) -> DataLoader | list:
+    def val_dataloader(self) -> list[DataLoader]:
+        """One loader for each size, of this rank's part of the held-out images; none without such images."""
         if not self.val_source.items():
             return []
-        dataset = ImageDataset(
-            _Chosen(self.val_source, self.val_source.items()[: self.val_images]),
-            size=self.size,
-            augment=False,
-            max_bad=self.max_bad,
-        )
+        chosen = _Chosen(self.val_source, self.val_source.items()[: self.val_images])
+        return [self._val_dataloader(chosen, size) for size in self.validated_sizes]
+
+    def _val_dataloader(self, source: Source, size: int) -> DataLoader:
+        dataset = ImageDataset(source, size=size, augment=False, max_bad=self.max_bad)
         trainer: Any = self.trainer
         mine = range(trainer.global_rank, len(dataset), trainer.world_size)
         if len(dataset) < trainer.world_size:

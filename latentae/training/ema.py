@@ -14,12 +14,14 @@ class AutoencoderEMA:
     Args:
         model: already on its device; its parameters are averaged in their own dtype.
         decay: what remains of the average at each update once it has warmed up, such as 0.999.
+        updates: how many the model's present weights have seen, if they are an earlier run's average, which then goes
+            on where it was instead of warming up again.
     """
 
-    def __init__(self, model: nn.Module, decay: float):
+    def __init__(self, model: nn.Module, decay: float, updates: int = 0):
         self.model = model
         self.decay = decay
-        self.updates = 0
+        self.updates = updates
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.swapped = False

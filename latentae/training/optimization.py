@@ -25,13 +25,17 @@ class Schedule:
 
     Args:
         warmup_steps: linear growth from ``1 / (warmup_steps + 1)`` to 1 over as many steps.
-        kind: what follows; ``cosine`` falls to ``final`` at ``trainer.max_steps``.
+        kind: what follows; ``cosine`` falls to ``final`` at ``trainer.max_steps``, ``step`` falls at ``milestones``.
         final: last factor of the cosine.
+        milestones: steps from which on a ``step`` schedule is ``decay`` times what it was.
+        decay: that factor.
     """
 
     warmup_steps: int = 0
-    kind: Literal["constant", "cosine"] = "constant"
+    kind: Literal["constant", "cosine", "step"] = "constant"
     final: float = 0.0
+    milestones: tuple[int, ...] = ()
+    decay: float = 0.1
 
     def factor(self, step: int, max_steps: int) -> float:
         """The factor at ``step``, counted from 0."""
@@ -39,6 +43,8 @@ class Schedule:
             return (step + 1) / (self.warmup_steps + 1)
         if self.kind == "constant":
             return 1.0
+        if self.kind == "step":
+            return self.decay ** sum(step >= milestone for milestone in self.milestones)
         progress = min(1.0, (step - self.warmup_steps) / max(1, max_steps - self.warmup_steps))
         return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
 

@@ -1,29 +1,36 @@
-"""Where the weights of a run come from: a preset, a published model, or an earlier stage."""
+"""Where the weights of a run come from: a preset, a stock class, a published model, or an earlier stage."""
 
 import inspect
+from collections import Counter
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
+import diffusers
+import torch
 from torch import nn
 
 from latentae.console import say
 from latentae.errors import RequestError
 from latentae.families.presets import create, family_class, find_preset
 from latentae.loading import load
+from latentae.loading.opening import LAST_CHECKPOINT
+from latentae.weights import open_state_dict
 
-SOURCES = ("preset", "pretrained")
+SOURCES = ("preset", "pretrained", "diffusers")
 
 
 def build_autoencoder(description: dict[str, Any], seed: int = 0) -> nn.Module:
     """The autoencoder that ``model.autoencoder`` describes.
 
     Args:
-        description: ``{preset: NAME, **changed arguments}`` or ``{pretrained: FOLDER or hub id}``, either with
-            ``init_from``: anything that `latentae.load` opens.
-        seed: of a preset's random weights.
+        description: ``{preset: NAME, **changed arguments}`` or ``{diffusers: CLASS, **arguments}`` for random weights,
+            or ``{pretrained: FOLDER or hub id}``; each with ``init_from``: anything that `latentae.load` opens, of
+            runs the averaged weights.
+        seed: of random weights.
 
     Raises:
-        RequestError: neither or both of the two, or a key that the family does not have.
+        RequestError: none or several of the three, or a key that the class does not have.
     """
     arguments = dict(description)
     init_from = arguments.pop("init_from", None)
@@ -31,27 +38,54 @@ def build_autoencoder(description: dict[str, Any], seed: int = 0) -> nn.Module:
     if len(named) != 1:
         near = [key for key in arguments if get_close_matches(key, SOURCES, n=1)]
         got = f"{near[0]!r}, which is neither" if near and not named else ", ".join(sorted(arguments)) or "nothing"
-        raise RequestError(f"model.autoencoder needs either preset or pretrained; it has {got}.")
-    source = arguments.pop(named[0])
-    known = _arguments_of(source) if named == ["preset"] else []
+        raise RequestError(f"model.autoencoder needs one of {', '.join(SOURCES)}; it has {got}.")
+    kind, source = named[0], arguments.pop(named[0])
+    make = _maker(kind, source)
+    known = [] if make is None else [name for name in inspect.signature(make.__init__).parameters if name != "self"]
     for key in arguments:
         if key not in known:
             near = get_close_matches(key, [*known, *SOURCES, "init_from"], n=1)
             hint = f"; did you mean {near[0]}?" if near else "."
-            raise RequestError(f"model.autoencoder has no key {key!r} for {named[0]} {source}{hint}")
-    autoencoder = create(source, seed=seed, **arguments) if named == ["preset"] else load(source)
+            raise RequestError(f"model.autoencoder has no key {key!r} for {kind} {source}{hint}")
+    if make is None:
+        autoencoder = load(source)
+    elif kind == "preset":
+        autoencoder = create(source, seed=seed, **arguments)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            autoencoder = make(**arguments).eval()
     if init_from is not None:
         take_weights(autoencoder, load(init_from), str(init_from))
     return autoencoder
 
 
-def _arguments_of(preset: str) -> list[str]:
-    family = family_class(find_preset(preset).family)
-    return [name for name in inspect.signature(family.__init__).parameters if name != "self"]
+def _maker(kind: str, source: str) -> Any:
+    """The class that random weights are made for; None where weights are read."""
+    if kind == "preset":
+        return family_class(find_preset(source).family)
+    if kind == "diffusers":
+        classes = [name for name in dir(diffusers) if name.startswith("Autoencoder") or name == "VQModel"]
+        if source not in classes:
+            near = get_close_matches(source, classes, n=1)
+            hint = f"; did you mean {near[0]}?" if near else "; AutoencoderKL is one."
+            raise RequestError(f"model.autoencoder.diffusers: {source!r} is no autoencoder of diffusers{hint}")
+        return getattr(diffusers, source)
+    return None
+
+
+def ema_updates_of(description: dict[str, Any]) -> int:
+    """How many updates the averaged weights have seen that a run starts from; 0 if it starts from no average."""
+    source = Path(str(description.get("init_from") or description.get("pretrained")))
+    checkpoint = source / LAST_CHECKPOINT if source.is_dir() else source
+    if checkpoint.suffix != ".ckpt" or not checkpoint.is_file():
+        return 0
+    progress = open_state_dict(checkpoint).get("latentae_progress", {})
+    return int(progress.get("ema_updates", 0))
 
 
 def take_weights(autoencoder: nn.Module, earlier: nn.Module, name: str) -> None:
-    """Copy every tensor of ``earlier`` that fits by name and shape, and say which did not.
+    """Copy every tensor of ``earlier`` that fits by name and shape, and say how many of each part, and which not.
 
     Raises:
         RequestError: none fits.
@@ -61,8 +95,11 @@ def take_weights(autoencoder: nn.Module, earlier: nn.Module, name: str) -> None:
     if not fitting:
         raise RequestError(f"init_from {name} shares no tensor with this autoencoder: it is of another architecture.")
     autoencoder.load_state_dict(fitting, strict=False)
+    parts = Counter(key.split(".")[0] for key in own)
+    taken = Counter(key.split(".")[0] for key in fitting)
     left = [key for key in own if key not in fitting]
     say(
-        f"init_from {name}: took {len(fitting)} of {len(own)} tensors"
-        + (f"; random still: {', '.join(left[:5])}{' …' if len(left) > 5 else ''}" if left else "")
+        f"init_from {name}: took {len(fitting)} of {len(own)} tensors ("
+        + ", ".join(f"{part} {taken[part]} of {count}" for part, count in parts.items())
+        + (f"); left as they were: {', '.join(left[:5])}{' …' if len(left) > 5 else ''}" if left else ")")
     )

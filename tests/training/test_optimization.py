@@ -35,6 +35,16 @@ def test_a_cosine_after_warm_up_ends_at_the_last_step():
     assert schedule.factor(30, 30) == pytest.approx(0, abs=1e-12)
 
 
+def test_a_step_schedule_is_torch_s():
+    schedule = Schedule(kind="step", milestones=(3, 7), decay=0.5)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    reference = torch.optim.lr_scheduler.MultiStepLR(optimizer, [3, 7], gamma=0.5)
+    for step in range(10):
+        assert schedule.factor(step, 100) == pytest.approx(reference.get_last_lr()[0])
+        optimizer.step()
+        reference.step()
+
+
 def test_the_learning_rate_of_each_step(runs, folder, tmp_path):
     class LearningRates(runs.Recorder):
         def on_train_batch_end(self, trainer, *_):

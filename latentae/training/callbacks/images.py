@@ -6,7 +6,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from PIL import Image
-from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 
 from latentae.data.visual import panel
@@ -18,7 +18,8 @@ class ReconstructionImages(pl.Callback):
     """At every validation, draws the first held-out images: input, reconstruction, error ×8, latent channels.
 
     They are the same images each time. The picture is ``samples/step-00001000.png`` in the run folder and
-    ``reconstructions`` in TensorBoard.
+    ``reconstructions`` in TensorBoard and Weights & Biases; where several sizes are validated there is one of each,
+    with ``@SIZE`` in the name.
 
     Args:
         count: images drawn; 0 draws none.
@@ -26,26 +27,34 @@ class ReconstructionImages(pl.Callback):
 
     def __init__(self, count: int = 8):
         self.count = count
-        self._rows: list[dict[str, Tensor]] = []
+        self._rows: dict[int, list[dict[str, Tensor]]] = {}  # by size
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._rows = []
+        self._rows = {}
 
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any, **__: Any
     ) -> None:
-        missing = self.count - sum(len(rows["pixels"]) for rows in self._rows)
+        rows = self._rows.setdefault(outputs["pixels"].shape[-1], [])
+        missing = self.count - sum(len(row["pixels"]) for row in rows)
         if missing > 0:
-            self._rows.append({name: value[:missing].cpu() for name, value in outputs.items()})
+            rows.append({name: value[:missing].cpu() for name, value in outputs.items()})
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not self._rows or trainer.sanity_checking or not trainer.is_global_zero:
+        if trainer.sanity_checking or not trainer.is_global_zero:
             return
-        names = ("pixels", "reconstruction", "latents")
-        picture = panel(*(torch.cat([rows[name] for rows in self._rows]) for name in names))
-        path = Path(trainer.default_root_dir) / FOLDER / f"step-{trainer.global_step:08d}.png"
+        for size, rows in self._rows.items():
+            if rows:
+                self._draw(rows, f"@{size}" if len(self._rows) > 1 else "", trainer)
+
+    def _draw(self, rows: list[dict[str, Tensor]], suffix: str, trainer: pl.Trainer) -> None:
+        picture = panel(*(torch.cat([row[name] for row in rows]) for name in ("pixels", "reconstruction", "latents")))
+        path = Path(trainer.default_root_dir) / FOLDER / f"step-{trainer.global_step:08d}{suffix}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture).save(path)
         for logger in trainer.loggers:
+            name, step = f"reconstructions{suffix}", trainer.global_step
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image("reconstructions", picture, trainer.global_step, dataformats="HWC")
+                logger.experiment.add_image(name, picture, step, dataformats="HWC")
+            elif isinstance(logger, WandbLogger):
+                logger.log_image(name, [picture], step)

@@ -73,7 +73,7 @@ def build_losses() -> tuple[dict[str, Any], Adversary]:
         features = make_layers(cfgs["D"]).state_dict()  # VGG16 without its classifier
         torch.save({f"features.{key}": value for key, value in features.items()}, file)
         terms = {"l1": L1(1.0), "lpips": LPIPS(0.5, net="vgg", path=str(file))}
-    return terms, Adversary(PatchGAN(), weight=0.1)
+    return terms, Adversary(PatchGAN(), weight=0.1, lecam=0.0)
 
 
 def optimizer_of(parameters: Any) -> torch.optim.Optimizer:

@@ -225,7 +225,7 @@ def peak_memory(which: str, preset: str, size: int, count: int, device: torch.de
     """Peak memory of two steps in a fresh process, in MiB; the second one has optimizer states."""
     arguments = ["--peak-of", which, preset, str(size), str(count), "--device", device.type]
     command = [sys.executable, __file__, *arguments, "--threads", str(torch.get_num_threads())]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 def print_peak(which: str, preset: str, size: int, count: int, device: torch.device) -> None:

@@ -13,8 +13,9 @@ Train an autoencoder from a recipe. The same command again continues the run in 
   latentae fit --config demo --run_dir runs/mine --data.path photos --trainer.max_steps 1000
 
 what to train
-  --config RECIPE             a YAML file, or the name of a shipped recipe: demo, dcae/f32c32-phase1, -phase2, -phase3;
-                              given more than once, later ones change earlier ones
+  --config RECIPE             a YAML file, or the name of a shipped recipe: demo, sd-vae-f8c4, dcae/f32c32-phase1,
+                              -phase2, -phase3, and so for dcae/f64c128 and dcae/f128c512; given more than once, later
+                              ones change earlier ones. 'latentae stages' runs several in order
   --run_dir DIR               where checkpoints, samples, TensorBoard logs and config.yaml go (default runs/RECIPE)
   --fork                      continue DIR although the configuration has changed since it was started
 
@@ -24,16 +25,24 @@ options of a recipe, each also a key of its YAML
   --data.max_bad SHARE        broken images are named, counted and replaced; more than this share of all (default
                               0.01) stops the run. Images smaller than the crop are enlarged
   --data.size N               side of the random crops        --data.batch_size N   per device
+  --data.val_sizes [256,512]  sides to validate on, each logged by itself (default: data.size)
   --data.workers N            processes that decode
   --trainer.max_steps N       length of the training          --trainer.precision   32-true or bf16-mixed
   --trainer.devices N         GPUs or processes               --trainer.val_check_interval N   in batches
   --model.autoencoder.preset NAME        what to build ('latentae presets' lists all), or .pretrained FOLDER or hub id
-  --model.autoencoder.init_from RUN      start from the weights of an earlier stage
+                                         or .diffusers CLASS, such as AutoencoderKL, with its arguments
+  --model.autoencoder.init_from RUN      start from the averaged weights of an earlier stage
   --model.objective.TERM.weight W        terms by the names in the recipe; --model.objective.NAME CLASS adds one
   --model.adversary.weight W             --model.adversary.start_step N
-  --model.trainable [PREFIX,...]         train these parts only
+  --model.trainable [PREFIX,...]         train these parts only, such as [decoder]
+  --model.schedule.kind KIND             constant, cosine or step (.milestones [N,...], .decay F), after .warmup_steps N
+  --model.channel_prefix.channels [N,...]  DC-AE 1.5: decode a random prefix of the channels in each step
+  --model.compile true                   torch.compile    --model.term_gradients_every N   who pulls how hard, logged
   --model.optimizer.lr LR                --model.ema DECAY    --model.accumulate N    --model.gradient_clip NORM
   --checkpoint.every_steps N             --images.count N     --seed_everything N
+
+  --trainer.devices 8 --trainer.num_nodes 2   more machines: the same command on each, started by SLURM or torchrun
+  --trainer.logger WandbLogger --trainer.logger.project NAME   Weights & Biases instead of TensorBoard
 
   --print_config              show the whole configuration and stop
   --help-all                  every option of Lightning's Trainer and of the classes above

@@ -9,6 +9,7 @@ from argparse import ArgumentError
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import unified_diff
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,8 @@ class CommandLine(LightningCLI):
 
     def build(self, resuming: bool) -> None:
         """Build trainer, module and data; weights that a checkpoint replaces are not read."""
+        if "WandbLogger" in str(self.config.trainer.logger) and find_spec("wandb") is None:
+            raise RequestError("trainer.logger WandbLogger needs Weights & Biases, not installed here: pip install wandb.")
         description = self.config.model.autoencoder
         if resuming:
             self.config.model.autoencoder = {k: v for k, v in description.items() if k != "init_from"}
@@ -278,4 +281,5 @@ def quiet_libraries() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PossibleUserWarning)
         warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
+        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")  # torch.compile's own doing
         yield

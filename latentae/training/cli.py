@@ -196,7 +196,9 @@ class CommandLine(LightningCLI):
     def build(self, resuming: bool) -> None:
         """Build trainer, module and data; weights that a checkpoint replaces are not read."""
         if "WandbLogger" in str(self.config.trainer.logger) and find_spec("wandb") is None:
-            raise RequestError("trainer.logger WandbLogger needs Weights & Biases, not installed here: pip install wandb.")
+            raise RequestError(
+                "trainer.logger WandbLogger needs Weights & Biases, not installed here: pip install wandb."
+            )
         description = self.config.model.autoencoder
         if resuming:
             self.config.model.autoencoder = {k: v for k, v in description.items() if k != "init_from"}

@@ -135,6 +135,11 @@ def _check_arguments(arguments: Mapping[str, Any], cls: Any, where: str) -> None
 
 def _check_value(value: Any, annotation: Any, where: str) -> None:
     """Check what stands where a class, or a list or mapping of classes, may stand; plain values pass."""
+    if isinstance(value, str) and value.startswith("{"):  # a mapping in one option
+        try:
+            value = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise RequestError(f"{where} is not YAML: {value}.") from error
     kinds = list(_alternatives(annotation))
     for kind in kinds:
         if get_origin(kind) is dict and isinstance(value, Mapping):
@@ -202,7 +207,8 @@ def _subclasses(cls: type) -> list[type]:
 def _unknown(key: Any, where: str, known: Any) -> RequestError:
     names = [name for name in known if name != "self"]
     near = get_close_matches(str(key), names, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(names))}."
+    listed = ", ".join(sorted(names)[:30]) + (" and others" if len(names) > 30 else "")
+    hint = f"did you mean {near[0]}?" if near else f"known are {listed}."
     place = f"{where}{key}" if not where.endswith(" ") else f"{where}{key!r}"
     return RequestError(f"{place} is unknown; {hint}")
 

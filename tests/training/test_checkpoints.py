@@ -181,7 +181,7 @@ def test_what_an_earlier_stage_lacks_is_named(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("description", "message"),
     [
-        ({}, "needs either preset or pretrained; it has nothing"),
+        ({}, "needs one of preset, pretrained, diffusers; it has nothing"),
         ({"presett": "dc-ae-tiny"}, "'presett', which is neither"),
         ({"preset": "dc-ae-tiny", "pretrained": "x"}, "it has preset, pretrained"),
         ({"preset": "dc-ae-tinny"}, "dc-ae-tiny"),

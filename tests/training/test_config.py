@@ -176,3 +176,12 @@ def test_merging_follows_the_order_of_the_command_line(recipe):
     assert config["data"] == {"path": "photos", "size": "64"}
     assert config["trainer"]["callbacks"][1] == {"class_path": "Timer", "init_args": {"interval": "step"}}
     assert merge(["--fork", "--run_dir=x"]) == {"fork": True, "run_dir": "x"}
+
+
+def test_a_mapping_in_one_option_replaces_the_recipe_s(tmp_path):
+    with quiet_libraries():
+        cli = CommandLine(["--config", "sd-vae-f8c4", "--model.autoencoder", "{pretrained: somewhere}"])
+        assert dict(cli.config.model.autoencoder) == {"pretrained": "somewhere"}
+        with pytest.raises(RequestError) as caught:
+            CommandLine(["--config", "sd-vae-f8c4", "--model.autoencoder", "somewhere-else-entirely"])
+    assert len(str(caught.value)) < 1500

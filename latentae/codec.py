@@ -48,6 +48,8 @@ def temporal_ratio(autoencoder: Any) -> int:
     """Frames per latent frame, after the first; 1 for images."""
     config = autoencoder.config
     own = config.get("temporal_compression_ratio") or config.get("scale_factor_temporal")
+    if not own and "temperal_downsample" in config:
+        return 2 ** sum(config["temperal_downsample"])
     return int(own or vars(autoencoder).get("temporal_compression_ratio") or 1)
 
 
@@ -60,6 +62,18 @@ def posterior_of(output: Any) -> Any:
         if (found := getattr(output, field, None)) is not None:
             return IdentityDistribution(found) if isinstance(found, Tensor) else found
     return IdentityDistribution(output)
+
+
+def check_device(device: str | torch.device | None) -> None:
+    """Refuse a device that torch does not know, or has not here, before a model is moved to it."""
+    try:
+        kind = torch.device(device).type if device is not None else "cpu"
+    except RuntimeError:
+        raise RequestError(f"{device!r} is not a device: expected cpu, cuda, cuda:1, mps or the like.") from None
+    if (kind == "cuda" and not torch.cuda.is_available()) or (kind == "mps" and not torch.backends.mps.is_available()):
+        raise RequestError(
+            f"This machine has no {kind} device that torch can use: choose another --device, such as cpu."
+        )
 
 
 class LatentCodec:
@@ -97,6 +111,7 @@ class LatentCodec:
                 f"{type(autoencoder).__name__} is not an autoencoder: it needs encode, decode and config."
             )
         # diffusers' own ``to`` warns on every change of dtype that an empty list of modules should stay in fp32
+        check_device(device)
         if getattr(autoencoder, "_keep_in_fp32_modules", None):
             autoencoder.to(device=device, dtype=dtype)
         else:
@@ -104,6 +119,10 @@ class LatentCodec:
         self.autoencoder = autoencoder.eval()
         self.autocast = autocast
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        if channels_last and any(isinstance(module, nn.Conv3d) for module in autoencoder.modules()):
+            raise RequestError(
+                f"{type(autoencoder).__name__} works on videos, which have no channels_last: leave it off."
+            )
         if channels_last:
             self.autoencoder.to(memory_format=torch.channels_last)
         if tiling:
@@ -135,7 +154,13 @@ class LatentCodec:
     def normalisation(self) -> dict[str, Any]:
         """The model's scaling_factor, shift_factor, latents_mean and latents_std, as plain JSON values."""
         config = self.autoencoder.config
-        mean, std = config.get("latents_mean"), config.get("latents_std")
+        if hasattr(self.autoencoder, "bn"):
+            raise RequestError(
+                f"{type(self.autoencoder).__name__} normalises latents after folding them into patches, which the "
+                "codec does not do: use codec.posterior for its raw latents."
+            )
+        buffers = dict(self.autoencoder.named_buffers())  # where LTX holds what others hold in the config
+        mean, std = (config.get(key, buffers.get(key)) for key in ("latents_mean", "latents_std"))
         return {
             "scaling_factor": float(config.get("scaling_factor") or 1.0),
             "shift_factor": float(config.get("shift_factor") or 0.0),
@@ -223,9 +248,11 @@ class LatentCodec:
         if values["latents_mean"] is None or values["latents_std"] is None:
             return values["shift_factor"], values["scaling_factor"]
         shape = (1, -1) + (1,) * (z.ndim - 2)
-        mean = torch.tensor(values["latents_mean"], device=z.device).view(shape)
-        std = torch.tensor(values["latents_std"], device=z.device).view(shape)
-        return mean, values["scaling_factor"] / std
+        mean, std = (torch.tensor(values[key], device=z.device) for key in ("latents_mean", "latents_std"))
+        if z.ndim == 5 and mean.numel() > z.shape[1]:  # Cosmos: one value for each channel and latent frame
+            mean, std = (value.view(1, z.shape[1], -1, 1, 1)[:, :, : z.shape[2]] for value in (mean, std))
+            return mean, values["scaling_factor"] / std
+        return mean.view(shape), values["scaling_factor"] / std.view(shape)
 
     def _format(self, pixels: Tensor) -> torch.memory_format:
         return self.memory_format if pixels.ndim == 4 else torch.contiguous_format

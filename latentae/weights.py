@@ -120,5 +120,7 @@ def open_state_dict(path: str | Path) -> dict[str, Any]:
             f"{path} is a pickle that holds more than tensors and opening it could run code, so it is refused: "
             "convert it to safetensors where you trust it."
         ) from error
-    except (RuntimeError, EOFError, ValueError) as error:
+    except PermissionError:
+        raise
+    except (RuntimeError, EOFError, ValueError, OSError) as error:
         raise RequestError(f"{path} cannot be read as a checkpoint ({error}): copy or fetch it again.") from error

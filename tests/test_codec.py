@@ -111,6 +111,43 @@ def test_video_autoencoders_take_clips_and_images(make):
     assert codec.decode(image).shape == (1, 3, 16, 17)
 
 
+def test_statistics_in_buffers_and_for_each_frame():
+    from diffusers import AutoencoderKLCosmos, AutoencoderKLLTXVideo
+
+    ltx = AutoencoderKLLTXVideo(
+        block_out_channels=(8, 8, 8, 8), decoder_block_out_channels=(8, 8, 8, 8), layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1, 1), latent_channels=8, scaling_factor=0.5,
+    ).eval()  # fmt: skip
+    ltx.latents_mean.fill_(3.0)
+    ltx.latents_std.fill_(2.0)
+    z = torch.randn(1, 8, 2, 3, 3)
+    torch.testing.assert_close(LatentCodec(ltx).normalise(z), (z - 3) * 0.5 / 2)
+    cosmos = AutoencoderKLCosmos(
+        latent_channels=2, latents_mean=list(range(8)), latents_std=[2.0] * 8, encoder_block_out_channels=(8, 8),
+        decode_block_out_channels=(8, 8), attention_resolutions=(), resolution=16, num_layers=1, patch_size=2,
+    )  # fmt: skip
+    z = torch.zeros(1, 2, 3, 1, 1)  # four frames of statistics for each of two channels
+    expected = -torch.tensor([[0.0, 1, 2], [4, 5, 6]]) / 2
+    torch.testing.assert_close(LatentCodec(cosmos).normalise(z).flatten(2)[0], expected)
+
+
+def test_temporal_ratio_of_video_shaped_image_autoencoders():
+    from diffusers import AutoencoderKLQwenImage
+
+    qwen = AutoencoderKLQwenImage(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+    assert LatentCodec(qwen).temporal_ratio == 4
+
+
+def test_devices_that_are_not_there(tiny_dcae):
+    with pytest.raises(RequestError, match="not a device"):
+        LatentCodec(tiny_dcae, device="foo")
+    if not torch.cuda.is_available():
+        with pytest.raises(RequestError, match="no cuda device"):
+            LatentCodec(tiny_dcae, device="cuda")
+    with pytest.raises(RequestError, match="channels_last"):
+        LatentCodec(wan(), channels_last=True)
+
+
 def test_per_channel_statistics_of_a_5d_class():
     autoencoder = wan().eval()
     codec = LatentCodec(autoencoder)

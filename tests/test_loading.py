@@ -55,9 +55,6 @@ def test_training_checkpoints_open_with_the_average_if_there_is_one(tiny_dcae, t
 
 
 def test_hub_folders_of_the_authors_name_their_preset(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_name": "dc-ae-f32c32-no-such"}')
-    with pytest.raises(RequestError, match="no preset 'dc-ae-f32c32-no-such'"):
-        load(tmp_path)
     (tmp_path / "config.json").write_text('{"model_name": "dc-ae-f32c32-in-1.0"}')
     with pytest.raises(MissingWeights, match=r"model\.safetensors"):
         load(tmp_path)
@@ -115,6 +112,49 @@ def test_damaged_files_are_explained(tiny_dcae, tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(RequestError, match="not JSON"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [1, 2], torch.zeros(3), {"encoder.stages.0": torch.zeros(1)}, {"latentae": {}}, {"latentae": 3},
+        {"latentae": {"class_name": "DCAE", "config": {"latent_channels": "many"}}, "state_dict": {}},
+    ],
+)  # fmt: skip
+def test_other_checkpoints_are_explained(content, tmp_path):
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(RequestError) as error:
+        load(tmp_path / "a.pt")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["[]", "3", '{"_class_name": ["x"]}', "{}"])
+def test_other_configurations_are_explained(content, tmp_path):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(RequestError) as error:
+        load(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_cut_short_is_explained(tmp_path):
+    torch.save({"state_dict": torch.zeros(100_000)}, tmp_path / "whole.ckpt")
+    content = (tmp_path / "whole.ckpt").read_bytes()
+    for length in (0, 10, 1000, len(content) - 10):
+        (tmp_path / "cut.ckpt").write_bytes(content[:length])
+        with pytest.raises(RequestError, match=r"cut\.ckpt"):
+            load(tmp_path / "cut.ckpt")
+
+
+def test_a_full_disk_while_exporting_is_the_operating_systems_error(tiny_dcae, tmp_path, monkeypatch):
+    from safetensors import SafetensorError
+
+    def full(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(type(tiny_dcae), "save_pretrained", full)
+    with pytest.raises(OSError, match="No space left") as error:
+        export(tiny_dcae, tmp_path / "out")
+    assert error.value.errno == 28
 
 
 def test_weights_of_another_shape_are_explained(tiny_dcae, tmp_path):

@@ -21,7 +21,7 @@ from latentae.bench.samples import Samples
 from latentae.bench.speed import measure_speed
 from latentae.codec import LatentCodec
 from latentae.console import Progress, say
-from latentae.data.sources import Source, open_source
+from latentae.data.sources import Source, open_source, refuse_output_in_input
 from latentae.errors import RequestError
 from latentae.files import sha256_json
 from latentae.nn.pixels import to_uint8
@@ -92,6 +92,7 @@ def bench(
     check_max_bad(max_bad)
     folder = None if out is None else Path(out)
     if folder:
+        refuse_output_in_input(src, folder)
         require_report()
     source = open_source(src) if isinstance(src, str | Path) else src
     images = ImageSet(source, source.items()[:limit], size, batch_size, workers)

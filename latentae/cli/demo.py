@@ -37,12 +37,15 @@ def run(args: argparse.Namespace) -> int:
     from latentae.data.samples import PHOTO_CREDITS, photos
     from latentae.data.transforms import adm_center_crop, to_tensor
     from latentae.data.visual import panel
+    from latentae.errors import RequestError
     from latentae.files import write_json
     from latentae.loading import export, load
     from latentae.store.decode import decode_store
     from latentae.store.encode import encode_dataset
     from latentae.store.reader import LatentStore
 
+    if args.steps is not None and args.steps < 1:
+        raise RequestError(f"--steps {args.steps}: expected at least 1.")
     if args.threads:
         torch.set_num_threads(args.threads)
     out = Path(args.out)
@@ -54,7 +57,14 @@ def run(args: argparse.Namespace) -> int:
     say("1/5 train")
     started = time.monotonic()
     steps = ["--trainer.max_steps", str(args.steps)] if args.steps else []
-    run_command("fit", ["--config", "demo", "--run_dir", str(out / "run"), "--data.val_path", str(held_out), *steps])
+    command = ["--config", "demo", "--run_dir", str(out / "run"), "--data.val_path", str(held_out), *steps]
+    begun = (out / "run").exists()
+    try:
+        run_command("fit", command)
+    except RequestError as error:
+        if begun:
+            raise RequestError(f"{out} holds a demo with other settings: choose another --out. ({error})") from error
+        raise
     trained = time.monotonic() - started
 
     say("2/5 encode held-out photos to a store, and decode it")

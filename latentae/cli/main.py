@@ -8,11 +8,12 @@ import importlib
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any
 
-from latentae.errors import LatentAEError, explain_os_error
+from latentae.errors import LatentAEError, ResumableError, explain_os_error
 from latentae.version import __version__
 
 COMMANDS = {
@@ -96,7 +97,19 @@ def explain(error: Exception) -> LatentAEError | None:
         return error
     if isinstance(error, OSError):
         return explain_os_error(error)
+    if isinstance(error, MemoryError):
+        return ResumableError("Out of memory: use smaller images or batches, or a machine with more.")
     return None
+
+
+def _dispatch(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print_help()
+        return 0
+    if argv[0] in ("-V", "--version"):
+        print(f"latentae {__version__}")
+        return 0
+    return run_command(find_command(argv[0]), argv[1:])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -104,26 +117,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in argv
     argv = [word for word in argv if word != "--debug"]
-    if not argv or argv[0] in ("-h", "--help", "help"):
-        print_help()
-        return 0
-    if argv[0] in ("-V", "--version"):
-        print(f"latentae {__version__}")
-        return 0
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        code = run_command(find_command(argv[0]), argv[1:])
+        code = _dispatch(argv)
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print("interrupted; the same command continues where it can", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output (head, say) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
         if debug:
-            raise
+            traceback.print_exc()
         explained = explain(error)
         if explained is not None:
             print(f"error: {explained}", file=sys.stderr)

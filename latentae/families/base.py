@@ -21,6 +21,8 @@ from latentae.errors import RequestError
 from latentae.nn.tiling import run_in_tiles
 from latentae.version import __version__
 
+DEFAULT_TILE = 1024  # pixels along each side
+
 
 @dataclass
 class EncoderOutput(BaseOutput):
@@ -64,8 +66,7 @@ class Autoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[mi
         self.register_to_config(_latentae_version=__version__)
         self.use_slicing = False
         self.use_tiling = False
-        self.tile_sample_min_height = 1024
-        self.tile_sample_min_width = 1024
+        self.tile_sample_min_height = self.tile_sample_min_width = DEFAULT_TILE
 
     @property
     def spatial_compression_ratio(self) -> int:
@@ -138,10 +139,11 @@ class Autoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[mi
             RequestError: height or width is not a multiple of the compression ratio (`LatentCodec` pads).
         """
         ratio = self.spatial_compression_ratio
-        if x.ndim != 4 or x.shape[1] != 3 or x.shape[2] % ratio or x.shape[3] % ratio or 0 in x.shape:
+        channels = self._internal_dict.get("in_channels", 3)
+        if x.ndim != 4 or x.shape[1] != channels or x.shape[2] % ratio or x.shape[3] % ratio or 0 in x.shape:
             raise RequestError(
-                f"encode got pixels of shape {tuple(x.shape)}; expected (B, 3, H, W) with H and W multiples of "
-                f"{ratio}: pad them, or use latentae.LatentCodec, which pads and crops back."
+                f"encode got pixels of shape {tuple(x.shape)}; expected (B, {channels}, H, W) with H and W "
+                f"multiples of {ratio}: pad them, or use latentae.LatentCodec, which pads and crops back."
             )
         posterior = self.posterior(self._one_by_one(self._encode, x))
         return EncoderOutput(latent_dist=posterior) if return_dict else (posterior,)
@@ -208,9 +210,11 @@ class Autoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[mi
             tile_sample_stride_height, tile_sample_stride_width: accepted as stock classes do; exact tiles take their
                 overlap from the receptive field instead.
         """
+        height, width = tile_sample_min_height or DEFAULT_TILE, tile_sample_min_width or DEFAULT_TILE
+        if min(height, width) < 1:
+            raise RequestError(f"A tile is at least one pixel, not {height} x {width}.")
         self.use_tiling = True
-        self.tile_sample_min_height = tile_sample_min_height or self.tile_sample_min_height
-        self.tile_sample_min_width = tile_sample_min_width or self.tile_sample_min_width
+        self.tile_sample_min_height, self.tile_sample_min_width = height, width
 
     def _tile(self, local_ratio: int) -> tuple[int, int]:
         """Tile size in pixels, cut to a multiple of the scale at which local features live."""

@@ -56,11 +56,7 @@ class ResBlock(nn.Module):
         y = self.act(self.conv1(x), inplace=not torch.is_grad_enabled())
         if isinstance(self.norm, RMSNorm2d):
             return self.norm(self.conv2(y), overwrite=True).add_(x)
-        if self.training:
-            return x + self.norm(self.conv2(y))
-        scale = self.norm.weight * torch.rsqrt(self.norm.running_var + self.norm.eps)  # a fixed norm folds into conv2
-        bias = self.norm.bias - self.norm.running_mean * scale
-        return F.conv2d(y, self.conv2.weight * scale[:, None, None, None], bias, padding=1).add_(x)
+        return self.norm(self.conv2(y)).add_(x)
 
 
 class MultiscaleProjection(nn.Module):
@@ -99,8 +95,8 @@ class LinearAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, _, height, width = x.shape
-        weight = torch.cat([self.to_q.weight, self.to_k.weight, self.to_v.weight])
-        qkv = F.linear(x.permute(0, 2, 3, 1), weight)  # (B, H, W, 3C)
+        pixels = x.permute(0, 2, 3, 1)
+        qkv = torch.cat([self.to_q(pixels), self.to_k(pixels), self.to_v(pixels)], dim=-1)  # (B, H, W, 3C)
         if self.to_qkv_multiscale:
             maps = qkv.permute(0, 3, 1, 2)
             scales = [scale(maps).permute(0, 2, 3, 1) for scale in self.to_qkv_multiscale]
@@ -177,6 +173,13 @@ class DownBlock(nn.Module):
         return y.add_(space_to_channel_average(x, self.channels_out)) if self.shortcut else y
 
 
+class UpsampleConv2d(nn.Conv2d):
+    """Nearest upsampling by two, then the 3x3 convolution that the weights say, computed as one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nearest_upsample_conv3x3(x, self.weight, self.bias)
+
+
 class UpBlock(nn.Module):
     """Double the image: a convolution plus the duplicated, channel-to-space rearranged input."""
 
@@ -186,13 +189,14 @@ class UpBlock(nn.Module):
         self.channels_out = channels_out
         self.interpolate = interpolate
         self.shortcut = shortcut
-        self.conv = nn.Conv2d(channels_in, channels_out if interpolate else 4 * channels_out, 3, padding=1)
+        self.conv: nn.Conv2d
+        if interpolate:
+            self.conv = UpsampleConv2d(channels_in, channels_out, 3, padding=1)
+        else:
+            self.conv = nn.Conv2d(channels_in, 4 * channels_out, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.interpolate:
-            y = nearest_upsample_conv3x3(x, self.conv.weight, self.conv.bias)
-        else:
-            y = F.pixel_shuffle(self.conv(x), 2)
+        y = self.conv(x) if self.interpolate else F.pixel_shuffle(self.conv(x), 2)
         if self.shortcut:
             pixels_of(y).add_(duplicate_to_pixels(x, self.channels_out))
         return y
@@ -210,6 +214,27 @@ def make_blocks(
 
 def per_stage(value: str | Sequence[str], stages: int) -> Sequence[str]:
     return (value,) * stages if isinstance(value, str) else value
+
+
+PER_STAGE = ("block_types", "block_out_channels", "layers_per_block", "qkv_multiscales")
+CHOICES = {
+    "upsample_block_type": ("pixel_shuffle", "interpolate"),
+    "downsample_block_type": ("pixel_unshuffle", "conv"),
+    "decoder_conv_act_fn": tuple(ACTIVATIONS),
+    "decoder_act_fns": tuple(ACTIVATIONS),
+}
+
+
+def check_stages(stages: int, config: dict[str, Any]) -> None:
+    """Refuse a configuration whose entries do not name what they should, or not once for each stage."""
+    per_stage_keys = {f"{half}_{key}" for half in ("encoder", "decoder") for key in PER_STAGE}
+    per_stage_keys |= {"decoder_norm_types", "decoder_act_fns"}
+    for key, value in config.items():
+        if key in per_stage_keys and not isinstance(value, str) and len(value) != stages:
+            raise RequestError(f"DC-AE has {stages} stages, but {key} has {len(value)} entries: {list(value)}.")
+        for entry in [value] if isinstance(value, str) else value if key in CHOICES else []:
+            if entry not in CHOICES.get(key, (entry,)):
+                raise RequestError(f"{key} {entry!r} is unknown to DC-AE; expected {' or '.join(CHOICES[key])}.")
 
 
 def count_local_stages(block_types: Sequence[str]) -> int:
@@ -407,6 +432,7 @@ class DCAE(Autoencoder):
     ):
         super().__init__()
         stages = len(encoder_block_out_channels)
+        check_stages(stages, {key: value for key, value in self._internal_dict.items() if not key.startswith("_")})
         self.encoder = Encoder(
             in_channels,
             latent_channels,

@@ -1,6 +1,7 @@
 """Named configurations of every family, published or ours, as data. A new family adds its lines here."""
 
 import importlib
+import threading
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from latentae.errors import RequestError
 from latentae.families.base import Autoencoder
 
+_SEEDING = threading.Lock()  # the global generator is seeded for a moment
 DCAE_PAPER = "DC-AE (arXiv 2410.10733)"
 SANA_PAPER = "SANA (arXiv 2410.10629)"
 DCAE_LITE = "DC-AE-Lite (DC-Gen repository)"
@@ -178,7 +180,7 @@ def create(name: str, *, seed: int = 0, **overrides: Any) -> Autoencoder:
     cls = family_class(preset.family)
     if unknown := set(overrides) - cls._init_arguments():
         raise RequestError(f"{preset.family} has no argument {', '.join(sorted(unknown))}.")
-    with torch.random.fork_rng(devices=[]):
+    with _SEEDING, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return cls(**{**preset.config, **overrides}).eval()
 

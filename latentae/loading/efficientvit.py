@@ -47,7 +47,8 @@ def convert_efficientvit(state: dict[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         RequestError: the keys are not those of such a checkpoint.
     """
-    if not any(key.startswith("encoder.stages.") for key in state):
+    halves = ("encoder.stages.", "decoder.stages.", "encoder.project_out.", "decoder.project_in.")
+    if not all(any(key.startswith(half) for key in state) for half in halves):
         raise RequestError("This checkpoint is neither one of 'latentae fit' nor a DC-AE of its authors.")
     converted: dict[str, Tensor] = {}
     for key, value in state.items():

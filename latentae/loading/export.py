@@ -1,10 +1,12 @@
 """Writing an autoencoder where stock diffusers opens it, and the hash that names its weights."""
 
+import errno
 import hashlib
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from latentae.families.base import Autoencoder
@@ -20,7 +22,12 @@ def export(autoencoder: nn.Module, folder: str | Path) -> str:
     """
     model: Any = autoencoder
     folder = Path(folder)
-    model.save_pretrained(folder)
+    try:
+        model.save_pretrained(folder)
+    except SafetensorError as error:  # hides the operating system's error in its text
+        if "os error 28" in str(error):
+            raise OSError(errno.ENOSPC, "No space left on device", str(folder)) from error
+        raise
     name = type(model).__name__
     if isinstance(model, Autoencoder) and name in STOCK_CLASS:
         config = read_json(folder / "config.json")

@@ -87,9 +87,15 @@ def load_folder(folder: Path) -> Any:
         config = read_json(folder / "config.json")
     except ValueError as error:
         raise RequestError(f"{folder / 'config.json'} is not JSON ({error}): fetch or write it again.") from error
+    if not isinstance(config, dict):
+        raise RequestError(
+            f"{folder / 'config.json'} is not the configuration of a model: it holds no names and values."
+        )
+    for pickled in folder.glob("diffusion_pytorch_model*.bin") if not list(folder.glob("*.safetensors")) else []:
+        open_state_dict(pickled)  # says what is wrong with a pickle better than what follows
     if "model_name" in config and "_class_name" not in config:
-        find_preset(config["model_name"])
-        return load_efficientvit(open_state_dict(folder / "model.safetensors"), preset=config["model_name"])
+        name = str(config["model_name"])
+        return load_efficientvit(open_state_dict(folder / "model.safetensors"), name if name in PRESETS else None)
     cls = _model_class(config.get("_class_name"), folder)
     try:
         return cls.from_pretrained(folder, low_cpu_mem_usage=is_accelerate_available()).eval()
@@ -108,7 +114,7 @@ def _model_class(name: str | None, where: Path) -> Any:
     for family, stock in STOCK_CLASS.items():
         if name == stock:
             return family_class(family)
-    if name in {preset.family for preset in PRESETS.values()}:
+    if name in [preset.family for preset in PRESETS.values()]:
         return family_class(str(name))
     cls = getattr(diffusers, str(name), None)
     if not (isinstance(cls, type) and issubclass(cls, ModelMixin) and hasattr(cls, "decode")):
@@ -121,9 +127,17 @@ def load_file(path: Path) -> Any:
     if path.suffix.lower() not in CHECKPOINT_SUFFIXES:
         raise RequestError(f"{path} is not a checkpoint; expected one of {', '.join(sorted(CHECKPOINT_SUFFIXES))}.")
     state = open_state_dict(path)
-    if "latentae" in state:
-        return _from_training_checkpoint(state, path)
-    return load_efficientvit(state)
+    if not isinstance(state, dict):
+        raise RequestError(f"{path} is not a checkpoint of an autoencoder: it holds no tensors by name.")
+    try:
+        return _from_training_checkpoint(state, path) if "latentae" in state else load_efficientvit(state)
+    except RequestError:
+        raise
+    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RequestError(
+            f"{path} cannot be rebuilt into an autoencoder ({type(error).__name__}: {reason})."
+        ) from error
 
 
 def _from_training_checkpoint(checkpoint: dict[str, Any], path: Path) -> Any:

@@ -54,6 +54,8 @@ def nearest_upsample_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> 
     Args:
         x: (B, C, H, W); weight: (O, C, 3, 3). Returns (B, O, 2H, 2W).
     """
-    folding = torch.tensor([[0.0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=weight.dtype, device=weight.device)
-    weight4 = torch.einsum("ay,ocyx,bx->coab", folding, weight, folding)  # (C, O, 4, 4)
-    return F.conv_transpose2d(x, weight4.to(memory_format=torch.channels_last), bias, stride=2, padding=1)
+    for dim in (2, 3):
+        first, middle, last = weight.unbind(dim)
+        weight = torch.stack([last, middle + last, first + middle, first], dim)
+    weight = weight.transpose(0, 1).contiguous(memory_format=torch.channels_last)  # (C, O, 4, 4)
+    return F.conv_transpose2d(x, weight, bias, stride=2, padding=1)

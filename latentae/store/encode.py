@@ -25,7 +25,7 @@ from torch import nn
 from latentae.codec import LatentCodec
 from latentae.console import Progress
 from latentae.data.decode import DecodePolicy
-from latentae.data.sources import Item, Source, open_source
+from latentae.data.sources import Item, Source, open_source, refuse_output_in_input
 from latentae.errors import RequestError, ResumableError
 from latentae.files import remove_stale_temporaries
 from latentae.store.configuration import (
@@ -130,6 +130,7 @@ def encode_dataset(
     source = open_source(src) if isinstance(src, (str, Path)) else src
     store = Path(dst)
     check_folder(store)
+    refuse_output_in_input(src, store)
     items = list(islice(source.items(), limit))
     if not items:
         raise RequestError(f"{src} has no inputs to encode.")

@@ -52,7 +52,8 @@ class _OpenShard:
         try:
             self.latents = safetensors.safe_open(path, framework="pt").get_slice(tensor)
         except (safetensors.SafetensorError, FileNotFoundError) as error:
-            raise DataError(f"{path} cannot be read ({error}): delete {path.stem}.json and encode again.") from error
+            marker = path.with_suffix(".json")
+            raise DataError(f"{path} cannot be read ({error}): delete {marker} and encode again.") from error
 
 
 class LatentStore:
@@ -219,5 +220,5 @@ class LatentStore:
                 if committed is None or (path.is_file() and sha256_file(path) == committed["sha256"]):
                     continue
                 what = "is not what was written" if path.exists() else "is missing"
-                problems.append(f"{path} {what}: delete {marker_path.name} and run the same encode command again.")
+                problems.append(f"{path} {what}: delete {marker_path} and run the same encode command again.")
         return problems

@@ -14,8 +14,7 @@ from torch import nn
 from latentae.codec import LatentCodec
 from latentae.console import Progress, say
 from latentae.data.decode import DecodePolicy
-from latentae.data.sources import Source, open_source
-from latentae.errors import RequestError
+from latentae.data.sources import Source, open_source, refuse_output_in_input
 from latentae.store.configuration import check_counts, open_codec
 from latentae.store.images import ImageWriter
 from latentae.store.memory import BatchRunner, batch_for
@@ -73,10 +72,7 @@ def reconstruct(
     check_max_bad(max_bad)
     source = open_source(src) if isinstance(src, (str, Path)) else src
     folder = Path(dst)
-    if isinstance(src, (str, Path)) and Path(src).is_dir() and folder.resolve().is_relative_to(Path(src).resolve()):
-        raise RequestError(
-            f"{dst} lies in {src}, and its images would be inputs of the next run: choose another folder."
-        )
+    refuse_output_in_input(src, folder)
     items = source.items()[:limit]
     keys, inputs = [item.key for item in items], (item.uri for item in items)
     writer = ImageWriter(folder, keys, inputs, format=format, workers=workers)

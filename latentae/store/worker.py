@@ -47,6 +47,8 @@ class Loader:
             height, width = probe_size(self._read(item))
         except BadImage:
             return UNKNOWN_SHAPE
+        if height * width > self.policy.max_pixels:  # refused when it is decoded; its shape may not fit a table
+            return UNKNOWN_SHAPE
         return height + -height % self.multiple, width + -width % self.multiple
 
     def load(self, item: Item) -> Sample:

@@ -308,7 +308,7 @@ class AutoencoderModule(pl.LightningModule):
             raise RequestError("A cosine schedule ends at trainer.max_steps: set it.")
         if self.compiled and self.adversary and self.adversary.r1:
             raise RequestError(
-                "model.compile cannot differentiate twice, as model.adversary.r1 asks for: set compile to false or r1 to 0."
+                "model.compile cannot differentiate twice, as model.adversary.r1 asks: set compile to false or r1 to 0."
             )
         if self.compiled:
             halves = [self.autoencoder.encoder, self.autoencoder.decoder, self.objective]

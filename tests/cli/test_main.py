@@ -63,6 +63,7 @@ def test_mistakes_get_one_line_and_exit_2(argv, message, capsys):
         (PermissionError(13, "Permission denied", "out.bin"), 2),
         (OSError(30, "Read-only file system", "out.bin"), 2),
         (KeyboardInterrupt(), 130),
+        (MemoryError(), 4),
         (ZeroDivisionError("ours"), 1),
         (OSError(5, "Input/output error", "x"), 1),
     ],
@@ -76,9 +77,16 @@ def test_exit_codes(error, code, monkeypatch, capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_debug_shows_the_traceback():
-    with pytest.raises(RequestError):
-        cli.main(["info", "no-such-model", "--debug"])
+def test_debug_shows_the_traceback_and_keeps_the_exit_code(capsys):
+    assert cli.main(["info", "no-such-model", "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    command = f"{sys.executable} -m latentae --help | head -1"
+    result = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
+    assert result.returncode in (0, 141)
+    assert "Traceback" not in result.stderr
 
 
 def test_no_arguments_is_help(capsys):

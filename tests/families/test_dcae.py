@@ -102,7 +102,44 @@ def test_the_configuration_is_read_off_published_shapes(name):
         assert found == value, key
 
 
-def test_batch_norm_folds_exactly_and_trains_as_stock_does(randomise):
+@pytest.mark.parametrize("name", ["dc-ae-f32c32-in-1.0", "dc-ae-f32c32-sana-1.0", "dc-ae-f32c128-1.5"])
+def test_weights_that_come_and_go_with_hooks(name, randomise):
+    """Offloading and layerwise casting hook the leaves: every weight must be used by the module that owns it."""
+    from accelerate import cpu_offload
+
+    config = {**find_preset(name).config, **WIDTHS, "latent_channels": 16}
+    model = randomise(DCAE(**config)).eval()
+    pixels = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(pixels).sample
+        cast = DCAE(**config).eval()
+        cast.load_state_dict(model.state_dict())
+        cast.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+        assert (cast(pixels).sample - expected).abs().mean() < 0.05 * expected.abs().max()
+        cpu_offload(model, "cpu")
+        assert relative(model(pixels).sample, expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"encoder_layers_per_block": (1, 1)}, "encoder_layers_per_block has 2 entries"),
+        ({"upsample_block_type": "nearest"}, "expected pixel_shuffle or interpolate"),
+        ({"decoder_act_fns": "gelu"}, "decoder_act_fns 'gelu' is unknown"),
+        ({"decoder_norm_types": "layer_norm"}, "expected rms_norm or batch_norm"),
+        ({"encoder_block_types": "Transformer"}, "expected ResBlock or EfficientViTBlock"),
+        ({"encoder_block_out_channels": (16, 16, 24, 32)}, "multiple"),
+        ({"latent_channels": 7}, "multiple"),
+    ],
+)
+def test_configurations_that_cannot_be_built_are_explained(change, message):
+    from latentae.errors import RequestError
+
+    with pytest.raises(RequestError, match=message):
+        create("dc-ae-tiny", **change)
+
+
+def test_batch_norm_trains_as_stock_does(randomise):
     config = {**find_preset("dc-ae-f32c32-in-1.0").config, **WIDTHS}
     ours, stock = DCAE(**config), AutoencoderDC(**config)
     randomise(ours)

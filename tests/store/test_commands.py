@@ -60,6 +60,7 @@ def test_exit_2_with_a_diff_when_something_changed(encode, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["encode", "{seven}", "{seven}/s", *MODEL], "inputs of the next run"),
         (["encode", "{tmp}/nowhere", "{tmp}/s", *MODEL], "nowhere does not exist"),
         (["encode", "{tmp}/texts", "{tmp}/s", *MODEL], "holds no images but other files"),
         (["encode", "{seven}", "{tmp}/s", "--model", "no-such-model"], "no-such-model"),

@@ -382,3 +382,16 @@ def test_a_video_autoencoder_takes_images_as_videos_of_one_frame(seven, tmp_path
     written = np.asarray(Image.open(tmp_path / "out/dogs/b.png")).astype(int)
     difference = written - to_uint8(codec.decode(expected))[0].permute(1, 2, 0).numpy()
     assert np.abs(difference).max() <= 1
+
+
+def test_a_header_of_impossible_size_is_one_bad_input_at_native_sizes(tmp_path, write_images, dcae):
+    import struct
+    import zlib
+
+    inputs = write_images(tmp_path / "mixed", {"a.png": (32, 32), "b.png": (32, 40)}) and tmp_path / "mixed"
+    header = struct.pack(">IIBBBBB", 2**31 - 1, 2**31 - 1, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    (inputs / "huge.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk)
+    summary = encode_dataset(inputs, tmp_path / "store", dcae, size="native", max_bad=1)
+    assert (summary.encoded, summary.bad) == (2, 1)
+    assert list(summary.reasons.values()) == [1]

@@ -153,7 +153,8 @@ def test_one_flipped_bit_is_found(store):
         path.write_bytes(content)
     problems = LatentStore(store).verify()
     assert len(problems) == 2
-    assert "00001.safetensors is not what was written: delete 00001.json" in problems[0]
+    assert "00001.safetensors is not what was written: delete" in problems[0]
+    assert "shards/00001.json" in problems[0]
     assert "00002.parquet" in problems[1]
 
 

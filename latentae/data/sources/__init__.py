@@ -7,7 +7,7 @@ encoding share sources, so that both see the same keys.
 from latentae.data.sources.base import IMAGE_EXTENSIONS, Item, Source
 from latentae.data.sources.folder import FileSource, FolderSource
 from latentae.data.sources.manifest import ManifestSource
-from latentae.data.sources.opening import open_source
+from latentae.data.sources.opening import open_source, refuse_output_in_input
 from latentae.data.sources.parquet import ParquetSource
 from latentae.data.sources.tar import TarSource
 
@@ -21,4 +21,5 @@ __all__ = [
     "Source",
     "TarSource",
     "open_source",
+    "refuse_output_in_input",
 ]

@@ -127,6 +127,18 @@ def expand_braces(pattern: str) -> list[str]:
     return names
 
 
+def refuse_output_in_input(src: object, dst: Path) -> None:
+    """Refuse to write below a folder that is read: what is written would be an input of the next run.
+
+    Raises:
+        RequestError: ``dst`` lies in the folder ``src``.
+    """
+    if isinstance(src, str | Path) and Path(src).is_dir() and dst.resolve().is_relative_to(Path(src).resolve()):
+        raise RequestError(
+            f"{dst} lies in {src}, and its images would be inputs of the next run: choose another folder."
+        )
+
+
 def _not_empty(source: Source, name: str, other_files: Counter[str]) -> Source:
     if source.items():
         return source

@@ -14,7 +14,7 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from latentae.codec import posterior_of
+from latentae.codec import posterior_of, spatial_ratio
 from latentae.errors import DataError, RequestError
 from latentae.metrics.image import psnr, ssim
 from latentae.nn.pixels import to_float, to_uint8
@@ -112,6 +112,7 @@ class AutoencoderModule(pl.LightningModule):
         self.skipped_in_a_row = 0
         self.last_values: dict[str, Tensor] = {}  # of the last step
         self.ema: AutoencoderEMA | None = None
+        self.buffers_before: list[tuple[Tensor, Tensor]] = []
         self.mid_update = False  # some weights have moved and others have not: not a state to save
         self._resumed_ema: tuple[dict[str, Tensor], int] | None = None
 
@@ -120,6 +121,7 @@ class AutoencoderModule(pl.LightningModule):
     def training_step(self, batch: dict[str, Any], batch_index: int) -> None:
         """Learn from ``batch["pixels"]``, uint8 (B, 3, H, W)."""
         torch.manual_seed(self.draw_seed())
+        self.remember_buffers()
         pixels = to_float(batch["pixels"]).to(self.dtype)
 
         posterior = posterior_of(self.autoencoder.encode(pixels))
@@ -163,7 +165,9 @@ class AutoencoderModule(pl.LightningModule):
 
         broken = self.not_finite(values)
         self.mid_update = True
-        if not broken:
+        if broken:
+            self.restore_buffers()
+        else:
             self.set_learning_rates()
             self.optimizers_of_networks[0].step()  # counted as the global step
             for optimizer in self.optimizers_of_networks[1 : len(trained)]:
@@ -176,11 +180,24 @@ class AutoencoderModule(pl.LightningModule):
             optimizer.zero_grad()
         self.samples_seen += self.window.samples
         self.window = Window()
+        self.buffers_before = []
         self.mid_update = False
         self.count_skipped(broken)
         self.log_values(values)
 
     # Details of a step
+
+    def remember_buffers(self) -> None:
+        """Keep what a forward pass changes (running statistics), in case the step that begins here does not count."""
+        if self.window.batches == 0:
+            networks = [self.autoencoder, *([self.adversary.discriminator] if self.adversary else [])]
+            buffers = [buffer for network in networks for buffer in network.buffers()]
+            self.buffers_before = [(buffer, buffer.clone()) for buffer in buffers]
+
+    def restore_buffers(self) -> None:
+        """Back to the end of the last step that counted; a checkpoint in the midst of a step holds that state."""
+        for buffer, before in self.buffers_before:
+            buffer.copy_(before)
 
     @property
     def generator(self) -> nn.Module:
@@ -306,6 +323,11 @@ class AutoencoderModule(pl.LightningModule):
             )
         if self.schedule.kind == "cosine" and self.trainer.max_steps < 0:
             raise RequestError("A cosine schedule ends at trainer.max_steps: set it.")
+        trainer: Any = self.trainer
+        size, ratio = getattr(trainer.datamodule, "size", 0), spatial_ratio(self.autoencoder)
+        if size % ratio:
+            near = f"{size - size % ratio} or {size - size % ratio + ratio}" if size > ratio else ratio
+            raise RequestError(f"data.size {size} is not a multiple of the autoencoder's {ratio}: use {near}.")
         if self.compiled and self.adversary and self.adversary.r1:
             raise RequestError(
                 "model.compile cannot differentiate twice, as model.adversary.r1 asks: set compile to false or r1 to 0."

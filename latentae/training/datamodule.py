@@ -6,6 +6,7 @@ resumes where it stopped by starting its loader at the position that its checkpo
 
 import hashlib
 import io
+import signal
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -63,6 +64,9 @@ class ImageData(pl.LightningDataModule):
         seed: int = 0,
     ):
         super().__init__()
+        for name, value, least in (("size", size, 1), ("batch_size", batch_size, 1), ("workers", workers, 0)):
+            if value < least:
+                raise RequestError(f"data.{name} is {value}; expected at least {least}.")
         self.path, self.val_path = path, val_path
         self.size, self.batch_size, self.workers = size, batch_size, workers
         self.dead_leaves, self.max_bad, self.seed = dead_leaves, max_bad, seed
@@ -109,7 +113,17 @@ class ImageData(pl.LightningDataModule):
         return DataLoader(dataset, self.batch_size, sampler=mine, **self._loader_options())
 
     def _loader_options(self) -> dict[str, Any]:
-        return {"num_workers": self.workers, "pin_memory": torch.cuda.is_available()}
+        return {
+            "num_workers": self.workers,
+            "pin_memory": torch.cuda.is_available(),
+            "worker_init_fn": leave_signals_to_the_parent,
+        }
+
+
+def leave_signals_to_the_parent(worker: int) -> None:
+    """A signal to the whole process group must not kill workers before the parent has written its checkpoint."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class PositionBatches(Sampler[list[int]]):

@@ -9,7 +9,9 @@ import pytest
 import torch
 import yaml
 
-from latentae.objectives import Term
+import latentae
+from latentae.errors import DataError
+from latentae.objectives import Adversary, PatchGAN, Term
 from latentae.training.cli import fit_command
 
 LAST = "checkpoints/last.ckpt"
@@ -62,6 +64,38 @@ def test_a_crashed_run_repeats_the_uninterrupted_one(runs, folder, tmp_path, acc
     assert list(resumed) == list(range(done_before + 1, steps + 1))
     assert {step: straight[step] for step in resumed} == resumed
     assert_same_state(tmp_path / "straight", tmp_path / "resumed")
+
+
+@pytest.mark.parametrize("crash_at", [3, 5])
+def test_running_statistics_of_half_a_step_are_not_kept(runs, folder, tmp_path, crash_at):
+    """BatchNorm moves in the forward pass, before it is known whether the step counts."""
+
+    def go(run_dir, **options):
+        autoencoder = latentae.create("dc-ae-tiny", decoder_norm_types="batch_norm")
+        adversary = Adversary(PatchGAN(channels=8, layers=2, norm="batch"), weight=0.1)
+        module = runs.module(adversary, accumulate=2, autoencoder=autoencoder)
+        return runs.fit(module, runs.data(folder), run_dir, 4, **options)
+
+    go(tmp_path / "straight")
+    with pytest.raises(runs.Crash):
+        go(tmp_path / "resumed", crash_at=crash_at)
+    go(tmp_path / "resumed")
+    assert_same_state(tmp_path / "straight", tmp_path / "resumed")
+
+
+def test_a_skipped_step_leaves_running_statistics_as_they_were(runs, folder, tmp_path):
+    class Poisoned(Term):
+        def measure(self, step):
+            return step.reconstruction.mean() * float("nan")
+
+    autoencoder = latentae.create("dc-ae-tiny", decoder_norm_types="batch_norm")
+    before = {name: buffer.clone() for name, buffer in autoencoder.named_buffers()}
+    assert before
+    module = runs.module(objective={"poison": Poisoned()}, autoencoder=autoencoder, max_skipped_steps=2)
+    with pytest.raises(DataError, match="poison"):
+        runs.fit(module, runs.data(folder), tmp_path / "run", 4)
+    for name, buffer in autoencoder.named_buffers():
+        assert torch.equal(buffer, before[name]), name
 
 
 def test_skipped_steps_are_counted_across_a_crash(runs, folder, tmp_path):

@@ -9,8 +9,8 @@ import torch
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from latentae.console import say
-from latentae.errors import LatentAEError
-from latentae.files import atomic_write
+from latentae.errors import LatentAEError, RequestError
+from latentae.files import atomic_write, remove_stale_temporaries
 from latentae.weights import open_state_dict
 
 FOLDER = "checkpoints"
@@ -77,6 +77,8 @@ class Checkpoints(pl.callbacks.Checkpoint):
         monitor: str | None = None,
         mode: Literal["max", "min"] = "max",
     ):
+        if every_steps < 1:
+            raise RequestError(f"checkpoint.every_steps is {every_steps}; expected at least 1.")
         self.every_steps = every_steps
         self.keep_every = keep_every
         self.monitor = monitor
@@ -85,6 +87,7 @@ class Checkpoints(pl.callbacks.Checkpoint):
         self._saved_at = -1  # samples seen by the run at the last save
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        remove_stale_temporaries(_folder(trainer))
         self._saved_at = pl_module.samples_seen
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
@@ -107,6 +110,7 @@ class Checkpoints(pl.callbacks.Checkpoint):
         if isinstance(exception, OSError) or pl_module.mid_update or self._saved_at < 0:
             return  # nothing could be written, or nothing fit to be
         pl_module.use_weights()
+        pl_module.restore_buffers()
         try:
             self._save_last(trainer, pl_module)
         except (OSError, RuntimeError, LatentAEError) as error:

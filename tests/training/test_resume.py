@@ -72,6 +72,7 @@ def test_running_statistics_of_half_a_step_are_not_kept(runs, folder, tmp_path, 
 
     def go(run_dir, **options):
         autoencoder = latentae.create("dc-ae-tiny", decoder_norm_types="batch_norm")
+        torch.manual_seed(3)
         adversary = Adversary(PatchGAN(channels=8, layers=2, norm="batch"), weight=0.1)
         module = runs.module(adversary, accumulate=2, autoencoder=autoencoder)
         return runs.fit(module, runs.data(folder), run_dir, 4, **options)

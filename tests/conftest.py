@@ -76,3 +76,26 @@ def golden_tool():
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+# The tiers and the seconds of test time that each may take, all workers added up, on two cores.
+TIERS = {"unit": 420, "contract": 180, "faults": 180, "slow": 900}
+FAULT_FILES = {"test_kill", "test_faults", "test_resume", "test_checkpoints", "test_broken", "test_files"}
+
+
+def _tier(nodeid: str, keywords: dict) -> str:
+    name = nodeid.split("::")[0].rsplit("/", 1)[-1].removesuffix(".py")
+    if "slow" in keywords:
+        return "slow"
+    return "contract" if name == "test_contract" else "faults" if name in FAULT_FILES else "unit"
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say how long each tier took beside its budget; machines are noisy, so nothing fails by it."""
+    seconds = dict.fromkeys(TIERS, 0.0)
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if hasattr(report, "duration") and hasattr(report, "keywords"):
+                seconds[_tier(report.nodeid, report.keywords)] += report.duration
+    figures = (f"{tier} {spent:.0f} of {TIERS[tier]} s" for tier, spent in seconds.items())
+    terminalreporter.write_line("time by tier: " + ", ".join(figures))

@@ -8,8 +8,8 @@ SUMMARY = "measure a trained checkpoint on held-out images"
 
 HELP = """usage: latentae validate --run_dir DIR [--data.val_path FOLDER] [OPTIONS]
 
-Print PSNR, SSIM and every loss term of a run's last checkpoint on all its held-out images, with averaged weights if the
-run has them.
+Print PSNR, SSIM, LPIPS (if AlexNet's weights are on this machine) and every loss term of a run's last checkpoint on all
+its held-out images, with averaged weights if the run has them.
 
   latentae validate --run_dir runs/mine --data.val_path other-photos
 

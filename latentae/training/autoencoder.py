@@ -16,7 +16,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from latentae.codec import posterior_of, spatial_ratio
 from latentae.errors import DataError, RequestError
-from latentae.metrics.image import psnr, ssim
+from latentae.metrics.image import LPIPSMetric, psnr, ssim
 from latentae.nn.pixels import to_float, to_uint8
 from latentae.objectives import Adversary, Objective, Step, Term
 from latentae.training.ema import AutoencoderEMA
@@ -31,6 +31,7 @@ from latentae.training.optimization import (
     set_training_modes,
 )
 from latentae.training.start import build_autoencoder, ema_updates_of
+from latentae.training.validation import find_lpips
 from latentae.training.window import Window
 
 PRECISIONS = ("32-true", "bf16-mixed", "64-true")
@@ -59,6 +60,7 @@ class AutoencoderModule(pl.LightningModule):
         schedule: learning rate by step, for both optimizers; constant by default.
         gradient_clip: largest norm of the gradient, of each network apart; None for no limit.
         accumulate: batches per optimizer step.
+        gradient_checkpointing: compute the autoencoder's activations anew in the backward pass: memory for time.
         compile: run encoder, decoder, discriminator and objective through ``torch.compile``.
         term_gradients_every: steps between measurements of every term's gradient norm at the decoder's last layer,
             logged as ``train/gradient_of_NAME``: a multiple of ``trainer.log_every_n_steps``; None for never.
@@ -80,6 +82,7 @@ class AutoencoderModule(pl.LightningModule):
         schedule: Schedule | None = None,
         gradient_clip: float | None = 1.0,
         accumulate: int = 1,
+        gradient_checkpointing: bool = False,
         compile: bool = False,
         term_gradients_every: int | None = None,
         max_skipped_steps: int = 10,
@@ -87,12 +90,16 @@ class AutoencoderModule(pl.LightningModule):
     ):
         super().__init__()
         self.automatic_optimization = False
-        built = autoencoder if isinstance(autoencoder, nn.Module) else build_autoencoder(autoencoder, seed)
-        self.autoencoder: Any = built
+        built: Any = autoencoder if isinstance(autoencoder, nn.Module) else build_autoencoder(autoencoder, seed)
+        self.autoencoder = built
         self.inherited_ema_updates = 0 if isinstance(autoencoder, nn.Module) else ema_updates_of(autoencoder)
         self.channel_prefix = channel_prefix
         if channel_prefix:
             channel_prefix.check(built)
+        if gradient_checkpointing:
+            if not getattr(built, "_supports_gradient_checkpointing", False):
+                raise RequestError(f"model.gradient_checkpointing: {type(built).__name__} has none; leave it out.")
+            built.enable_gradient_checkpointing()
         self.objective = Objective(objective)
         self.adversary = adversary
         self.ema_decay = ema
@@ -115,6 +122,7 @@ class AutoencoderModule(pl.LightningModule):
         self.buffers_before: list[tuple[Tensor, Tensor]] = []
         self.mid_update = False  # some weights have moved and others have not: not a state to save
         self._resumed_ema: tuple[dict[str, Tensor], int] | None = None
+        self.perceptual_metrics: dict[str, LPIPSMetric] | None = None  # None until a validation has looked for weights
 
     # One training step
 
@@ -282,9 +290,10 @@ class AutoencoderModule(pl.LightningModule):
     # Validation, with averaged weights if there are any
 
     def validation_step(self, batch: dict[str, Any], batch_index: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
-        """Reconstruct ``batch["pixels"]`` from the mode; logs every term, and PSNR and SSIM of uint8 pixels.
+        """Reconstruct ``batch["pixels"]`` from the mode; logs every term, and PSNR, SSIM and LPIPS of uint8 pixels.
 
-        The names end in ``@SIZE`` if there is more than one size.
+        LPIPS (``lpips_alex``) needs AlexNet's weights on this machine. The names end in ``@SIZE`` if there is more
+        than one size.
         """
         original = batch["pixels"]
         pixels = to_float(original).to(self.dtype)
@@ -294,6 +303,8 @@ class AutoencoderModule(pl.LightningModule):
         _, values = self.objective(Step(pixels, reconstruction, posterior, latents))
         rounded = to_uint8(reconstruction)
         values |= {"psnr": psnr(rounded, original).mean(), "ssim": ssim(rounded, original).mean()}
+        for name, metric in (self.perceptual_metrics or {}).items():
+            values[name] = metric.values(rounded, original).mean()
         at_size = f"@{original.shape[-1]}" if len(self.trainer.num_val_batches) > 1 else ""
         logged = {f"val/{name}{at_size}": value.float() for name, value in values.items()}
         self.log_dict(logged, batch_size=len(original), sync_dist=True, add_dataloader_idx=False)
@@ -339,6 +350,8 @@ class AutoencoderModule(pl.LightningModule):
 
     def on_validation_start(self) -> None:
         self._start_averaging()
+        if self.perceptual_metrics is None:
+            self.perceptual_metrics = find_lpips()
 
     def _start_averaging(self) -> None:
         if self.ema is None and self.ema_decay is not None:

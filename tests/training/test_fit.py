@@ -1,22 +1,31 @@
 """The two commands in one process: a run, its continuation, changed configurations, validation, shipped recipes."""
 
+import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
+import lpips
 import numpy as np
 import pytest
 import torch
+import torchvision
 import yaml
 from PIL import Image
 
 import latentae
 from latentae.cli.main import main
+from latentae.data.images import ImageDataset
 from latentae.errors import MissingWeights, RequestError
+from latentae.files import sha256_file
+from latentae.nn.pixels import to_float, to_uint8
 from latentae.training.cli import CommandLine, fit_command, quiet_libraries, validate_command
+from latentae.training.datamodule import ImageData
 from latentae.training.optimization import select_trainable
 from latentae.training.recipes import FOLDERS, find_recipe, recipe_names
 from latentae.training.start import build_autoencoder
+from latentae.weights import WEIGHT_FILES
 
 RECIPE = {
     "model": {
@@ -230,6 +239,38 @@ def test_a_paper_s_recipe_without_lpips_weights_says_how_to_get_them(tmp_path, m
     with pytest.raises(MissingWeights, match=r"vgg16-397923af\.pth"):
         fit_command(["--config", "dcae/f32c32-phase1", "--data.path", str(folder), *smaller])
     assert not (tmp_path / "run").exists(), "nothing has begun"
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torchvision")
+def test_validate_measures_lpips_where_its_weights_are(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
+    monkeypatch.delenv("LATENTAE_WEIGHTS", raising=False)
+    fit_command(arguments)
+    printed = capsys.readouterr()
+    assert printed.err.count("Validation goes without lpips_alex.") == 1, "once a run"
+    assert WEIGHT_FILES["alexnet"].name in printed.err
+    assert "lpips_alex" not in printed.out
+
+    torch.manual_seed(0)
+    file = tmp_path / WEIGHT_FILES["alexnet"].name
+    torch.save(torchvision.models.alexnet().state_dict(), file)
+    monkeypatch.setenv("LATENTAE_WEIGHTS", str(tmp_path))
+    monkeypatch.setitem(WEIGHT_FILES, "alexnet", replace(WEIGHT_FILES["alexnet"], sha256_prefix=sha256_file(file)[:8]))
+    assert validate_command(["--run_dir", str(tmp_path / "run"), "--data.size", "64"]) == 0
+    values = dict(line.split() for line in capsys.readouterr().out.splitlines()[2:])
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    (tmp_path / "home" / "hub" / "checkpoints").mkdir(parents=True)
+    shutil.copy(file, tmp_path / "home" / "hub" / "checkpoints")
+    reference = lpips.LPIPS(net="alex", verbose=False)
+    data = ImageData(**{**yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"], "size": 64})
+    data.setup("validate")
+    expected = []
+    for pixels in (torch.stack([item["pixels"]]) for item in ImageDataset(data.val_source, size=64, augment=False)):
+        with torch.no_grad():
+            reconstruction = to_uint8(latentae.load(tmp_path / "run")(to_float(pixels)).sample)
+            expected.append(reference(to_float(reconstruction), to_float(pixels)).item())
+    assert float(values["lpips_alex"]) == pytest.approx(sum(expected) / len(expected), rel=1e-3)
 
 
 def test_recipes_are_those_of_the_checkout_or_the_wheel():

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from diffusers import AutoencoderKL
 
@@ -231,3 +232,38 @@ def test_the_norm_of_the_gradient_is_clipped(runs, folder, tmp_path):
     after = torch.cat([p.detach().flatten() for p in module.autoencoder.parameters()])
     assert steps[1]["gradient_norm"] > 1e-3
     assert (after - before).norm().item() == pytest.approx(0.1 * 1e-3, rel=1e-3)
+
+
+def test_gradient_checkpointing_saves_memory_and_changes_nothing(runs, folder, tmp_path):
+    class Saved(pl.Callback):
+        """Bytes that the forward passes of a run keep for their backward passes."""
+
+        def __init__(self):
+            self.bytes = 0
+            self.hooks = torch.autograd.graph.saved_tensors_hooks(self.count, lambda tensor: tensor)
+
+        def count(self, tensor):
+            self.bytes += tensor.nbytes
+            return tensor
+
+        def on_train_batch_start(self, *_):
+            self.hooks.__enter__()
+
+        def on_train_batch_end(self, *_):
+            self.hooks.__exit__(None, None, None)
+
+    def go(name, **options):
+        saved, module = Saved(), runs.module(autoencoder=latentae.create("dc-ae-tiny"), **options)
+        runs.trainer(tmp_path / name, 3, saved).fit(module, runs.data(folder))
+        return saved.bytes, module.autoencoder.state_dict()
+
+    plain_bytes, plain = go("plain")
+    checkpointed_bytes, checkpointed = go("checkpointed", gradient_checkpointing=True)
+    assert checkpointed_bytes < 0.7 * plain_bytes
+    for name, value in plain.items():
+        torch.testing.assert_close(checkpointed[name], value, msg=name)
+
+
+def test_a_model_without_gradient_checkpointing_is_refused(runs):
+    with pytest.raises(RequestError, match=r"model\.gradient_checkpointing: Linear has none"):
+        runs.module(autoencoder=torch.nn.Linear(1, 1), gradient_checkpointing=True)

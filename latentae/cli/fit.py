@@ -36,7 +36,8 @@ options of a recipe, each also a key of its YAML
   --model.adversary.weight W             --model.adversary.start_step N
   --model.trainable [PREFIX,...]         train these parts only, such as [decoder]
   --model.schedule.kind KIND             constant, cosine or step (.milestones [N,...], .decay F), after .warmup_steps N
-  --model.channel_prefix.channels [N,...]  DC-AE 1.5: decode a random prefix of the channels in each step
+  --model.latent_transforms+=Equivariance  EQ-VAE on any recipe; also ScaleOnly, LatentNoise, and ChannelPrefix
+                                         (DC-AE 1.5); .NAME VALUE after it sets an argument of the last one
   --model.compile true                   torch.compile    --model.term_gradients_every N   who pulls how hard, logged
   --model.optimizer.lr LR                --model.ema DECAY    --model.accumulate N    --model.gradient_clip NORM
   --checkpoint.every_steps N             --images.count N     --seed_everything N

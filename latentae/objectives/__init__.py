@@ -4,6 +4,14 @@ from latentae.objectives.adversarial import Adversary
 from latentae.objectives.alignment import Alignment
 from latentae.objectives.discriminators import BlurPatchGAN, Discriminator, PatchGAN, PatchGAN3D, UNetGAN
 from latentae.objectives.frequency import FocalFrequency, GaussianDetail, HaarDetail
+from latentae.objectives.latent_transforms import (
+    ChannelPrefix,
+    Equivariance,
+    LatentNoise,
+    LatentTransform,
+    ScaleOnly,
+    check_transforms,
+)
 from latentae.objectives.perceptual import LPIPS, MSSSIM
 from latentae.objectives.reconstruction import L1, L2, Charbonnier
 from latentae.objectives.regularization import KL
@@ -18,15 +26,21 @@ __all__ = [
     "Adversary",
     "Alignment",
     "BlurPatchGAN",
+    "ChannelPrefix",
     "Charbonnier",
     "Discriminator",
+    "Equivariance",
     "FocalFrequency",
     "GaussianDetail",
     "HaarDetail",
+    "LatentNoise",
+    "LatentTransform",
     "Objective",
     "PatchGAN",
     "PatchGAN3D",
+    "ScaleOnly",
     "Step",
     "Term",
     "UNetGAN",
+    "check_transforms",
 ]

@@ -18,9 +18,9 @@ from latentae.codec import posterior_of, spatial_ratio
 from latentae.errors import DataError, RequestError
 from latentae.metrics.image import LPIPSMetric, psnr, ssim
 from latentae.nn.pixels import to_float, to_uint8
-from latentae.objectives import Adversary, Objective, Step, Term
+from latentae.objectives import Adversary, LatentTransform, Objective, Step, Term, check_transforms
 from latentae.training.ema import AutoencoderEMA
-from latentae.training.latents import ChannelPrefix, compile_networks, draw_latents
+from latentae.training.latents import compile_networks, draw_latents
 from latentae.training.optimization import (
     OptimizerFactory,
     Schedule,
@@ -55,7 +55,7 @@ class AutoencoderModule(pl.LightningModule):
         adversary: a discriminator and its schedule; None trains without.
         trainable: dotted name prefixes of what trains, such as ``decoder.conv_out``; None trains all.
         ema: decay of the averaged weights, which are validated and loaded; None for no averaging.
-        channel_prefix: train on random prefixes of the latent's channels (DC-AE 1.5).
+        latent_transforms: changes of what is decoded and of what it must decode to, in this order, such as EQ-VAE's.
         optimizer: class and arguments, for the trained parameters; norms and biases are undecayed.
         schedule: learning rate by step, for both optimizers; constant by default.
         gradient_clip: largest norm of the gradient, of each network apart; None for no limit.
@@ -77,7 +77,7 @@ class AutoencoderModule(pl.LightningModule):
         adversary: Adversary | None = None,
         trainable: list[str] | None = None,
         ema: float | None = 0.999,
-        channel_prefix: ChannelPrefix | None = None,
+        latent_transforms: list[LatentTransform] | None = None,
         optimizer: OptimizerFactory = adamw,
         schedule: Schedule | None = None,
         gradient_clip: float | None = 1.0,
@@ -93,9 +93,8 @@ class AutoencoderModule(pl.LightningModule):
         built: Any = autoencoder if isinstance(autoencoder, nn.Module) else build_autoencoder(autoencoder, seed)
         self.autoencoder = built
         self.inherited_ema_updates = 0 if isinstance(autoencoder, nn.Module) else ema_updates_of(autoencoder)
-        self.channel_prefix = channel_prefix
-        if channel_prefix:
-            channel_prefix.check(built)
+        self.latent_transforms = latent_transforms or []
+        check_transforms(self.latent_transforms, built)
         if gradient_checkpointing:
             if not getattr(built, "_supports_gradient_checkpointing", False):
                 raise RequestError(f"model.gradient_checkpointing: {type(built).__name__} has none; leave it out.")
@@ -131,11 +130,13 @@ class AutoencoderModule(pl.LightningModule):
         torch.manual_seed(self.draw_seed())
         self.remember_buffers()
         pixels = to_float(batch["pixels"]).to(self.dtype)
+        for transform in self.latent_transforms:
+            pixels = transform.prepare(pixels, spatial_ratio(self.autoencoder))
 
         posterior = posterior_of(self.autoencoder.encode(pixels))
         latents = draw_latents(posterior, self.trainer.global_rank, self.trainer.world_size)
-        if self.channel_prefix:
-            latents, pixels = self.channel_prefix(latents, pixels)
+        for transform in self.latent_transforms:
+            latents, pixels = transform(latents, pixels)
         decoded = self.autoencoder.decode(latents)
         reconstruction = decoded.sample
 

@@ -17,8 +17,7 @@ import torch
 from diffusers import AutoencoderKL
 
 import latentae
-from latentae.objectives import KL, L1
-from latentae.training.latents import ChannelPrefix
+from latentae.objectives import KL, L1, ChannelPrefix
 
 STEPS = 4
 ADVERSARY = {"start_step": 1, "adaptive": True, "lecam": 0.01, "r1": 0.1, "r1_every": 2}
@@ -39,7 +38,7 @@ def build(name, runs):
         return runs.make_module(autoencoder=stock, objective={"l1": L1(), "kl": KL(1e-2)}, accumulate=2)
     if name == "prefix":
         structured = latentae.create("dc-ae-tiny", decoder_in_shortcut=False, encoder_out_shortcut=False)
-        return runs.make_module(autoencoder=structured, channel_prefix=ChannelPrefix([2, 4, 8], always_full=True))
+        return runs.make_module(autoencoder=structured, latent_transforms=[ChannelPrefix([2, 4, 8], always_full=True)])
     return runs.make_module(runs.make_adversary(**ADVERSARY))
 
 

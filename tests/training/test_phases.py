@@ -8,7 +8,7 @@ import yaml
 
 import latentae
 from latentae.errors import RequestError
-from latentae.training.latents import ChannelPrefix
+from latentae.objectives import ChannelPrefix
 from latentae.training.optimization import select_trainable
 from latentae.training.recipes import find_recipe
 from latentae.training.start import build_autoencoder
@@ -160,7 +160,7 @@ def test_training_on_prefixes_helps_prefixes(runs, folder, tmp_path):
             latents = module.autoencoder.encode(pixels).latent_dist.mode()
             return (module.autoencoder.decode(latents[:, :2]).sample - pixels).abs().mean().item()
 
-    assert error_of_prefix(channel_prefix=ChannelPrefix([2, 4, 8])) < 0.9 * error_of_prefix()
+    assert error_of_prefix(latent_transforms=[ChannelPrefix([2, 4, 8])]) < 0.9 * error_of_prefix()
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_training_on_prefixes_helps_prefixes(runs, folder, tmp_path):
 )
 def test_a_prefix_that_cannot_be_is_refused(runs, make, channels, message):
     with pytest.raises(RequestError, match=message):
-        runs.module(autoencoder=make(), channel_prefix=ChannelPrefix(channels))
+        runs.module(autoencoder=make(), latent_transforms=[ChannelPrefix(channels)])
 
 
 def test_init_from_takes_the_average_and_its_count(runs, folder, tmp_path, capsys):

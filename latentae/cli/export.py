@@ -1,7 +1,9 @@
 """Save a trained autoencoder as an ordinary diffusers folder.
 
 DC-AE is written as the stock class AutoencoderDC and stock autoencoders as what they are: the folder opens with
-from_pretrained where latentae is not installed. Weights are safetensors.
+from_pretrained where latentae is not installed. A family that diffusers does not have opens with latentae.load; with
+--with-code its code lies beside the weights in one file, and AutoModel.from_pretrained(DIR, trust_remote_code=True) of
+diffusers opens it too. Weights are safetensors.
 
 Training moves the latents, and with them the scaling factor that a diffusion model needs. --data measures it on images:
 scaling_factor, with shift_factor or latents_mean and latents_std where the model's configuration has them.
@@ -16,6 +18,7 @@ from typing import Any
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="run folder, checkpoint, model folder or hub id")
     parser.add_argument("folder", metavar="DIR", help="where to write; must be new or empty")
+    parser.add_argument("--with-code", action="store_true", help="add the code of a family that diffusers has not")
     parser.add_argument("--data", metavar="FOLDER", help="images on which to measure the latents' scale anew")
     parser.add_argument("--size", type=int, default=256, help="side of their centre crops (default: %(default)s)")
     parser.add_argument("--limit", type=int, default=5000, help="images to measure on at most (default: %(default)s)")
@@ -28,6 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
+    import diffusers
+
     from latentae.errors import RequestError
     from latentae.loading import export, load_model
 
@@ -38,8 +43,13 @@ def run(args: argparse.Namespace) -> int:
     if args.data is not None:
         for name, (before, after) in refresh_normalisation(model, _measure(model, args)).items():
             print(f"{name}: {_brief(before)} -> {_brief(after)}")
-    name = export(model, folder)
-    print(f"{folder}: diffusers.{name}.from_pretrained({str(folder)!r}) opens it")
+    name = export(model, folder, with_code=args.with_code)
+    if hasattr(diffusers, name):
+        print(f"{folder}: diffusers.{name}.from_pretrained({str(folder)!r}) opens it")
+    elif args.with_code:
+        print(f"{folder}: diffusers.AutoModel.from_pretrained({str(folder)!r}, trust_remote_code=True) opens it")
+    else:
+        print(f"{folder}: latentae.load({str(folder)!r}) opens it; --with-code adds what diffusers alone would need")
     return 0
 
 

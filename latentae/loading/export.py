@@ -11,30 +11,61 @@ from torch import nn
 
 from latentae.families.base import Autoencoder
 from latentae.files import read_json, write_json
+from latentae.loading.card import write_card
+from latentae.loading.flattening import flatten
 
 STOCK_CLASS = {"DCAE": "AutoencoderDC"}  # what stock diffusers calls a family of ours
 
 
-def export(autoencoder: nn.Module, folder: str | Path) -> str:
+def export(autoencoder: nn.Module, folder: str | Path, *, with_code: bool = False) -> str:
     """Save an autoencoder so that stock diffusers opens it where that is possible; returns the class it opens as.
 
-    DC-AE becomes ``AutoencoderDC``; stock classes stay what they are. Weights are safetensors.
+    DC-AE becomes ``AutoencoderDC``; stock classes stay what they are. A family that diffusers does not have is saved
+    under its own name, which ``latentae.load`` opens. Weights are safetensors; a model card says how to open them.
+
+    Args:
+        with_code: put the code of such a family beside its weights, so that ``diffusers.AutoModel`` opens the folder
+            with ``trust_remote_code=True`` where latentae is not installed.
     """
+    cls = type(autoencoder).__name__
+    if isinstance(autoencoder, Autoencoder) and cls in STOCK_CLASS:
+        _save(autoencoder, Path(folder), {"_class_name": STOCK_CLASS[cls]})
+        write_card(autoencoder, Path(folder), STOCK_CLASS[cls], code=None)
+        return STOCK_CLASS[cls]
+    if isinstance(autoencoder, Autoencoder) and with_code:
+        export_with_code(autoencoder, folder)
+        return cls
+    _save(autoencoder, Path(folder), {})
+    write_card(autoencoder, Path(folder), cls, code=None)
+    return cls
+
+
+def export_with_code(autoencoder: Autoencoder, folder: str | Path) -> Path:
+    """Save one of our families with its code in one file, which ``config.json`` names; returns that file.
+
+    ``diffusers.AutoModel.from_pretrained(folder, trust_remote_code=True)`` opens the folder without latentae, which
+    opens it too and then uses its own code. The file is never called ``latentae.py``: pipelines would take it for the
+    package.
+    """
+    cls = type(autoencoder)
+    code = Path(folder, f"modeling_{cls.__name__.lower()}.py")
+    _save(autoencoder, Path(folder), {"auto_map": {"AutoModel": f"{code.stem}.{cls.__name__}"}})
+    code.write_text(flatten(cls), encoding="utf-8")
+    write_card(autoencoder, Path(folder), cls.__name__, code.name)
+    return code
+
+
+def _save(autoencoder: nn.Module, folder: Path, changes: dict[str, Any]) -> None:
+    """Write weights and configuration, with entries of the latter changed."""
     model: Any = autoencoder
-    folder = Path(folder)
     try:
         model.save_pretrained(folder)
     except SafetensorError as error:  # hides the operating system's error in its text
         if "os error 28" in str(error):
             raise OSError(errno.ENOSPC, "No space left on device", str(folder)) from error
         raise
-    name = type(model).__name__
-    if isinstance(model, Autoencoder) and name in STOCK_CLASS:
-        config = read_json(folder / "config.json")
-        config["_class_name"] = STOCK_CLASS[name]
-        write_json(folder / "config.json", config)
-        return STOCK_CLASS[name]
-    return name
+    if changes:
+        write_json(folder / "config.json", {**read_json(folder / "config.json"), **changes})
 
 
 def weights_hash(autoencoder: nn.Module) -> str:

@@ -1,0 +1,227 @@
+"""Families that diffusers does not have, exported with their code: opened without latentae, with equal results."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoModel
+from safetensors.torch import save_file
+
+import latentae
+from latentae.cli.main import main
+from latentae.families.presets import PRESETS, family_class
+from latentae.loading import export, export_with_code, flattening, load
+from latentae.loading.export import STOCK_CLASS
+from latentae.loading.flattening import flatten
+
+TINY = [name for name in PRESETS if PRESETS[name].is_tiny]
+FAMILIES = sorted({preset.family for preset in PRESETS.values()})
+
+# Runs without the package: its name is blocked, and -I keeps this folder and the environment's paths out.
+OPEN_AND_COMPARE = """
+import sys
+sys.modules["latentae"] = None
+import torch
+from diffusers import AutoModel
+from safetensors.torch import load_file
+torch.set_num_threads(1)
+folder, expected = sys.argv[1], load_file(sys.argv[2])
+autoencoder = AutoModel.from_pretrained(folder, trust_remote_code=True)
+assert not autoencoder.training
+with torch.no_grad():
+    z = autoencoder.encode(expected["pixels"]).latent_dist.mode()
+    assert torch.equal(z, expected["latents"]), (z - expected["latents"]).abs().max()
+    sample = autoencoder.decode(z).sample
+    assert torch.equal(sample, expected["sample"]), (sample - expected["sample"]).abs().max()
+    autoencoder.enable_tiling(tile_sample_min_height=16, tile_sample_min_width=16)
+    assert torch.equal(autoencoder.decode(z).sample, expected["tiled"])
+assert autoencoder.config.spatial_compression_ratio == int(sys.argv[3])
+print(type(autoencoder).__module__, len([name for name in sys.modules if name.split(".")[0] == "latentae"]))
+"""
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_opens_where_latentae_is_not_and_computes_the_same(name, randomise, tmp_path, monkeypatch):
+    autoencoder = randomise(latentae.create(name))
+    folder = tmp_path / "exported"
+    code = export_with_code(autoencoder, folder)
+    assert code.name == f"modeling_{type(autoencoder).__name__.lower()}.py"
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    side = 4 * autoencoder.spatial_compression_ratio
+    pixels = torch.rand(1, 3, side, side) * 2 - 1
+    with torch.no_grad():
+        z = autoencoder.encode(pixels).latent_dist.mode()
+        tensors = {"pixels": pixels, "latents": z, "sample": autoencoder.decode(z).sample}
+        autoencoder.enable_tiling(tile_sample_min_height=16, tile_sample_min_width=16)
+        tensors["tiled"] = autoencoder.decode(z).sample
+    torch.set_num_threads(threads)
+    save_file({key: value.contiguous() for key, value in tensors.items()}, tmp_path / "expected.safetensors")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    arguments = [str(folder), str(tmp_path / "expected.safetensors"), str(autoencoder.spatial_compression_ratio)]
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", OPEN_AND_COMPARE, *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == [f"diffusers_modules.local.{code.stem}", "1"], "the blocked name alone"
+    assert "packages that were not found" not in done.stderr
+
+    # the same folder, where latentae is installed: its own class, and equal weights
+    opened = load(folder)
+    assert type(opened) is type(autoencoder)
+    assert all(torch.equal(a, b) for a, b in zip(opened.state_dict().values(), autoencoder.state_dict().values()))
+    opened.save_pretrained(tmp_path / "again")
+    assert "auto_map" not in json.loads((tmp_path / "again" / "config.json").read_text())
+
+
+def test_without_trust_diffusers_says_what_to_do(tiny_dcae, tmp_path):
+    export_with_code(tiny_dcae, tmp_path)
+    with pytest.raises(ValueError, match="Pass `trust_remote_code=True`"):
+        AutoModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_file_is_python_that_linter_and_formatter_accept(family, tmp_path):
+    text = flatten(family_class(family))
+    code = tmp_path / "modeling.py"
+    code.write_text(text)
+    assert "import latentae" not in text
+    assert "from latentae" not in text
+    assert f"class {family}(Autoencoder):" in text
+    assert ".__module__ =" not in text
+    config = str(Path(__file__).parents[2] / "pyproject.toml")
+    for command in (["check"], ["format", "--check"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "ruff", *command, "--config", config, str(code)],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+# Sources that cannot be joined
+
+BASE = "class Base:\n    pass\n"
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """Make modules of a small package from texts, and flatten the class ``Family`` in its module ``family``."""
+
+    def make(**texts):
+        folder = tmp_path / "small_package"
+        folder.mkdir()
+        for name, text in texts.items():
+            (folder / f"{name}.py").write_text(text)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setattr(flattening, "PACKAGE", "small_package")
+        cls = type("Family", (), {"__init__": lambda self: None})
+        cls.__init__.__module__ = "small_package.family"
+        return flatten(cls)
+
+    yield make
+    for name in [name for name in sys.modules if name.split(".")[0] == "small_package"]:
+        del sys.modules[name]
+
+
+FAMILY = """from small_package.other import helper
+
+
+class Family:
+    def run(self):
+        return helper() + mine()
+
+
+"""
+
+
+def test_only_what_is_needed_is_copied_with_its_comments(package):
+    text = package(
+        family='"""The family."""\n\nimport math\n\nfrom small_package.other import helper\n\nUNUSED = 1\n# twice\n'
+        "FACTOR = math.pi  # pi\n\n\nclass Family:\n    def run(self):\n"
+        "        from small_package.late import late\n\n        return helper() * FACTOR + late()\n",
+        other='import json\nimport math\n\n\ndef unused():\n    return json\n\n\ndef helper():\n    return math.e\n',
+        late="def late():\n    return 1\n",
+    )  # fmt: skip
+    assert "UNUSED" not in text
+    assert "json" not in text
+    assert "# twice\nFACTOR = math.pi  # pi" in text
+    assert text.count("import math") == 1
+    namespace = {}
+    exec(compile(text, "flattened", "exec"), namespace)
+    assert namespace["Family"]().run() == pytest.approx(2.718281828 * 3.141592654 + 1)
+
+
+@pytest.mark.parametrize(
+    ("other", "family", "complaint"),
+    [
+        ("mine = 1\nhelper = [mine].copy\n", "mine = 2\n", "mine of"),
+        ("import math as m\nhelper = m.e\n", "import cmath as m\nmine = m.e\n", "m is"),
+        ("import math as mine\nhelper = mine.e\n", "mine = 2\n", "mine of"),
+        ("any = 1\nhelper = any\n", "mine = helper\n", "builtins"),
+        ("import os.path\nhelper = os.path\n", "mine = helper\n", "without a name"),
+        ("helper = 1\nprint(helper)\n", "mine = helper\n", "defines nothing"),
+        ("helper = 1\n", "from small_package.other import helper as mine\n", "by its own name"),
+    ],
+)
+def test_what_cannot_be_joined_is_refused(package, other, family, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        package(family=FAMILY + family, other=other)
+
+
+# The command and the card
+
+
+def family_without_stock_class(monkeypatch):
+    """DC-AE as if diffusers did not have it."""
+    monkeypatch.delitem(STOCK_CLASS, "DCAE")
+
+
+def test_the_command_says_in_one_line_what_opens_the_folder(tiny_dcae, tmp_path, capsys, monkeypatch):
+    tiny_dcae.save_pretrained(tmp_path / "model")
+    model = str(tmp_path / "model")
+    assert main(["export", model, str(tmp_path / "stock"), "--with-code"]) == 0
+    assert "diffusers.AutoencoderDC.from_pretrained" in capsys.readouterr().out
+    assert not list((tmp_path / "stock").glob("*.py")), "stock diffusers has this code"
+
+    family_without_stock_class(monkeypatch)
+    assert main(["export", model, str(tmp_path / "plain")]) == 0
+    out = capsys.readouterr().out
+    assert "latentae.load(" in out
+    assert "--with-code" in out
+    assert len(out.splitlines()) == 1
+    assert not list((tmp_path / "plain").glob("*.py"))
+    assert isinstance(load(tmp_path / "plain"), latentae.DCAE)
+
+    assert main(["export", model, str(tmp_path / "code"), "--with-code"]) == 0
+    assert "trust_remote_code=True" in capsys.readouterr().out
+    assert json.loads((tmp_path / "code" / "config.json").read_text())["auto_map"] == {
+        "AutoModel": "modeling_dcae.DCAE"
+    }
+    files = {path.name for path in (tmp_path / "code").iterdir()}
+    assert files == {"README.md", "config.json", "diffusion_pytorch_model.safetensors", "modeling_dcae.py"}
+
+
+def test_the_card_opens_the_folder_and_keeps_what_people_write(tiny_dcae, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    export(tiny_dcae, tmp_path / "stock")
+    export_with_code(tiny_dcae, tmp_path / "code")
+    for name in ("stock", "code"):
+        card = (tmp_path / name / "README.md").read_text()
+        for fact in ("f8c8", "arXiv 2410.10733", "`dc-ae-tiny`", "0.05 M parameters"):
+            assert fact in card
+        program = card.split("```python\n")[1].split("```")[0].replace("FOLDER", str(tmp_path / name))
+        namespace = {}
+        exec(program, namespace)
+        assert namespace["posterior"].latent.shape == (1, 8, 32, 32)
+
+    card = tmp_path / "stock" / "README.md"
+    card.write_text(card.read_text().replace("8", "9"))
+    export(tiny_dcae, tmp_path / "stock")
+    assert "f8c8" in card.read_text(), "its own text is written anew"
+    card.write_text("mine")
+    export(tiny_dcae, tmp_path / "stock")
+    assert card.read_text() == "mine"

@@ -1,12 +1,12 @@
 """What each family promises, shown small and fairly.
 
-    python tools/claims.py dcae [--tier cpu|gpu] [--threads 2] [--steps N] [--json FILE] [--figure FILE]
+    python tools/claims.py NAME [--tier cpu|gpu] [--threads 2] [--steps N] [--json FILE] [--figure FILE]
 
 Experiments, not tests: a claim that does not show is reported with its numbers. The learning rate of each arm is the
 best of three, three seeds are trained on frozen orders of data, trivial references stand in every table, and what
 counts as shown is written in the script. Prints a table, then one summary line. The cpu tier takes minutes.
 
-claims: dcae (residual shortcuts make high ratios trainable)
+claims: dcae (residual shortcuts make high ratios trainable), litevae (wavelets save the encoder's cost)
 """
 
 import argparse
@@ -24,7 +24,7 @@ from latentae.errors import LatentAEError
 from latentae.files import write_json
 from latentae.version import __version__
 
-CLAIMS = ("dcae",)
+CLAIMS = ("dcae", "litevae")
 
 
 def summary(name: str, result: dict) -> str:

@@ -199,7 +199,8 @@ def paired_difference(a: Sequence[float], b: Sequence[float]) -> Difference | No
 class Threshold:
     """A sentence that the numbers support or not; written before the run.
 
-    Supported means: ``better`` beats ``worse`` in ``metric`` by ``least`` on average, and the interval is above zero.
+    Supported means: ``better`` beats ``worse`` in ``metric`` by ``least`` on average, and the interval is above zero;
+    where ``least`` is negative, a loss that is allowed, the whole interval is above it.
     """
 
     sentence: str
@@ -211,7 +212,7 @@ class Threshold:
     def judge(self, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         by_name = {outcome.name: outcome.finals(self.metric) for outcome in outcomes}
         difference = paired_difference(by_name[self.better], by_name[self.worse])
-        shown = difference is not None and difference.mean >= self.least and difference.low > 0
+        shown = difference is not None and difference.mean >= self.least and difference.low > min(self.least, 0)
         return {**asdict(self), "difference": asdict(difference) if difference else None, "shown": shown}
 
 

@@ -185,7 +185,7 @@ class CommandLine(LightningCLI):
         try:
             self.config = parser.parse_args(args)
         except ArgumentError as error:
-            if "arguments are required" in str(error):
+            if str(error).startswith("the following arguments are required"):
                 names = ", ".join(recipe_names())
                 raise RequestError(f"Give a whole recipe with --config: a file, or one of {names}.") from error
             raise RequestError(explain_value(str(error))) from error

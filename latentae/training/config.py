@@ -135,7 +135,7 @@ def _check_arguments(arguments: Mapping[str, Any], cls: Any, where: str) -> None
 
 def _check_value(value: Any, annotation: Any, where: str) -> None:
     """Check what stands where a class, or a list or mapping of classes, may stand; plain values pass."""
-    if isinstance(value, str) and value.startswith("{"):  # a mapping in one option
+    if isinstance(value, str) and value.startswith(("{", "[")):  # a mapping or a list in one option
         try:
             value = yaml.safe_load(value)
         except yaml.YAMLError as error:
@@ -214,8 +214,11 @@ def _unknown(key: Any, where: str, known: Any) -> RequestError:
 
 
 def explain_value(message: str) -> str:
-    """One line out of jsonargparse's account of a value of the wrong type."""
+    """One line out of jsonargparse's account of a value of the wrong type, or of a class without what it needs."""
     keys = re.findall(r'Parser key "([^"]+)"', message)
+    if missing := re.search(r"class_path '[\w.]*?(\w+)':\s+the following arguments are required: (.*)$", message, re.M):
+        return f"{'.'.join(keys)}: {missing[1]} needs {missing[2]}."
+    message = re.sub(r"\n  - Expected a path but .*", "", message)  # where a list may also be a file of lines
     expected = re.findall(r"Expected an? (?:<class ')?(.+?)(?:'>)?(?:\. Got value: .*)?$", message, flags=re.M)
     got = re.search(r"(?:Got value|Given value): (.*)$", message, flags=re.M)
     if not (keys and expected and got):

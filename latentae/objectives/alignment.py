@@ -41,6 +41,8 @@ class Alignment(Term):
         RequestError: the module does not give a map of features.
     """
 
+    needs_reconstruction = False
+
     def __init__(
         self,
         encoder: str | nn.Module,

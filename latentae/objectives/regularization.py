@@ -36,6 +36,8 @@ class KL(Term):
         RequestError: the autoencoder is deterministic, its posterior has no variance.
     """
 
+    needs_reconstruction = False
+
     def __init__(self, weight: float = 1.0, reduction: Literal["mean", "ldm"] = "mean"):
         super().__init__(weight)
         self.reduction = reduction

@@ -20,15 +20,18 @@ class Step:
 
     Attributes:
         target: the pixels to reconstruct, (B, 3, H, W) in [-1, 1].
-        reconstruction: what the decoder made of them, same shape, about [-1, 1], with gradient.
+        reconstruction: what the decoder made of them, same shape, about [-1, 1], with gradient; empty where no term of
+            the objective needs it.
         posterior: the distribution from ``encode(pixels).latent_dist``, with gradient; None where a term needs none.
         latents: what was decoded, (B, C, h, w), unscaled, with gradient; None where a term needs none.
+        encoded: the pixels that the posterior is of; None where they are the target.
     """
 
     target: Tensor
     reconstruction: Tensor
     posterior: Any = None
     latents: Tensor | None = None
+    encoded: Tensor | None = None
 
     def at_least_float32(self) -> "Step":
         """The same step with half precision pixels widened; float64 stays."""
@@ -40,7 +43,12 @@ class Term(nn.Module):
 
     Args:
         weight: its factor in the sum; the logged value is unweighted.
+
+    Attributes:
+        needs_reconstruction: whether the value depends on the decoder; a step without such a term does not decode.
     """
+
+    needs_reconstruction = True
 
     def __init__(self, weight: float = 1.0):
         super().__init__()
@@ -48,7 +56,7 @@ class Term(nn.Module):
 
     def forward(self, step: Step) -> Tensor:
         """The unweighted value, a scalar tensor."""
-        if step.target.shape != step.reconstruction.shape:
+        if self.needs_reconstruction and step.target.shape != step.reconstruction.shape:
             raise RequestError(
                 f"{type(self).__name__} compares pixels of one shape; the target has {tuple(step.target.shape)} and "
                 f"the reconstruction {tuple(step.reconstruction.shape)}."
@@ -70,6 +78,11 @@ class Objective(nn.ModuleDict):
 
     def __init__(self, terms: Mapping[str, Term]):
         super().__init__(terms)
+
+    @property
+    def needs_reconstruction(self) -> bool:
+        terms: Any = self.values()
+        return any(term.needs_reconstruction for term in terms)
 
     def forward(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum, with gradient, and every term's unweighted value by name, detached."""

@@ -11,6 +11,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.distributed
+from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
@@ -133,14 +134,16 @@ class AutoencoderModule(pl.LightningModule):
         for transform in self.latent_transforms:
             pixels = transform.prepare(pixels, spatial_ratio(self.autoencoder))
 
+        encoded = pixels
         posterior = posterior_of(self.autoencoder.encode(pixels))
         latents = draw_latents(posterior, self.trainer.global_rank, self.trainer.world_size)
         for transform in self.latent_transforms:
             latents, pixels = transform(latents, pixels)
-        decoded = self.autoencoder.decode(latents)
+        nothing = DecoderOutput(sample=latents.new_empty(0))
+        decoded: Any = self.autoencoder.decode(latents) if self.decodes else nothing
         reconstruction = decoded.sample
 
-        step = Step(pixels, reconstruction, posterior, latents)
+        step = Step(pixels, reconstruction, posterior, latents, encoded)
         loss, values = self.objective(step)
         if decoded.get("commit_loss") is not None:  # of a VQModel, whose codebook learns from nothing else
             values["commitment"] = decoded.commit_loss.mean()
@@ -195,6 +198,11 @@ class AutoencoderModule(pl.LightningModule):
         self.log_values(values)
 
     # Details of a step
+
+    @property
+    def decodes(self) -> bool:
+        """Whether anything looks at reconstructions: a term, the adversary, or the codebook of a VQModel."""
+        return bool(self.objective.needs_reconstruction or self.adversary or hasattr(self.autoencoder, "quantize"))
 
     def remember_buffers(self) -> None:
         """Keep what a forward pass changes (running statistics), in case the step that begins here does not count."""
@@ -340,6 +348,12 @@ class AutoencoderModule(pl.LightningModule):
         if size % ratio:
             near = f"{size - size % ratio} or {size - size % ratio + ratio}" if size > ratio else ratio
             raise RequestError(f"data.size {size} is not a multiple of the autoencoder's {ratio}: use {near}.")
+        needs_layer = self.term_gradients_every or (self.adversary and self.adversary.adaptive)
+        if needs_layer and not any(p.requires_grad for p in self.autoencoder.decoder.parameters()):
+            raise RequestError(
+                "model.term_gradients_every and model.adversary.adaptive measure at the decoder's last layer, of which "
+                "model.trainable trains nothing: leave them out."
+            )
         if self.compiled and self.adversary and self.adversary.r1:
             raise RequestError(
                 "model.compile cannot differentiate twice, as model.adversary.r1 asks: set compile to false or r1 to 0."

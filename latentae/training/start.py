@@ -15,6 +15,7 @@ from latentae.errors import RequestError
 from latentae.families.presets import create, family_class, find_preset
 from latentae.loading import load
 from latentae.loading.opening import LAST_CHECKPOINT
+from latentae.training.distillation import take_decoder, with_decoder_arguments
 from latentae.weights import open_state_dict
 
 SOURCES = ("preset", "pretrained", "diffusers")
@@ -26,14 +27,15 @@ def build_autoencoder(description: dict[str, Any], seed: int = 0) -> nn.Module:
     Args:
         description: ``{preset: NAME, **changed arguments}`` or ``{diffusers: CLASS, **arguments}`` for random weights,
             or ``{pretrained: FOLDER or hub id}``; each with ``init_from``: anything that `latentae.load` opens, of
-            runs the averaged weights.
+            runs the averaged weights. A preset of LiteVAE also with ``decoder_of``: an AutoencoderKL or LiteVAE, whose
+            decoder and whose latents' shape and scale it then has.
         seed: of random weights.
 
     Raises:
-        RequestError: none or several of the three, or a key that the class does not have.
+        RequestError: none or several of the three, a key that the class does not have, a decoder that it cannot have.
     """
     arguments = dict(description)
-    init_from = arguments.pop("init_from", None)
+    init_from, decoder_of = (arguments.pop(key, None) for key in ("init_from", "decoder_of"))
     named = [source for source in SOURCES if source in arguments]
     if len(named) != 1:
         near = [key for key in arguments if get_close_matches(key, SOURCES, n=1)]
@@ -44,9 +46,17 @@ def build_autoencoder(description: dict[str, Any], seed: int = 0) -> nn.Module:
     known = [] if make is None else [name for name in inspect.signature(make.__init__).parameters if name != "self"]
     for key in arguments:
         if key not in known:
-            near = get_close_matches(key, [*known, *SOURCES, "init_from"], n=1)
+            near = get_close_matches(key, [*known, *SOURCES, "init_from", "decoder_of"], n=1)
             hint = f"; did you mean {near[0]}?" if near else "."
             raise RequestError(f"model.autoencoder has no key {key!r} for {kind} {source}{hint}")
+    teacher = None
+    if decoder_of is not None:
+        if getattr(make, "__name__", None) != "LiteVAE":
+            raise RequestError(
+                f"model.autoencoder.decoder_of needs a preset of LiteVAE beside it, not {kind} {source}."
+            )
+        teacher = load(decoder_of)
+        arguments = with_decoder_arguments(arguments, teacher, str(decoder_of))
     if make is None:
         autoencoder = load(source)
     elif kind == "preset":
@@ -57,6 +67,8 @@ def build_autoencoder(description: dict[str, Any], seed: int = 0) -> nn.Module:
             autoencoder = make(**arguments).eval()
     if init_from is not None:
         take_weights(autoencoder, load(init_from), str(init_from))
+    if teacher is not None:
+        take_decoder(autoencoder, teacher)
     return autoencoder
 
 

@@ -1,0 +1,136 @@
+"""Distilling an encoder: a new one learns the latents of a frozen teacher and has its decoder, so denoisers stay right.
+
+``model.autoencoder: {preset: litevae-..., decoder_of: TEACHER}`` builds the student, `LatentDistillation` trains it.
+"""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from latentae.codec import LatentCodec
+from latentae.errors import RequestError
+from latentae.loading import load
+from latentae.nn.precision import widen
+from latentae.objectives import Step, Term
+
+NORMALISATION = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+
+
+class LatentDistillation(Term):
+    """The squared distance between the posterior and that of a frozen teacher, in the teacher's normalised latents.
+
+    It is the squared 2-Wasserstein distance between the two Gaussians, averaged over latent elements: with means m and
+    standard deviations s, ``((m - m')² + (s - s')²) * scale²``, where the teacher's scaling factor makes the variance
+    of its latents about 1. So 0.01 is an error of 1 % of the latents' variance, whatever the teacher. A deterministic
+    autoencoder has s = 0. Unlike a KL divergence or a distance of log variances, it does not explode where the teacher
+    is almost certain, as published VAEs are.
+
+    The teacher sees the pixels that were encoded. It stays frozen, in eval mode and in the precision that is asked
+    for, and is no submodule: it is never in a checkpoint. Pixel terms beside this one act through the student's own
+    decoder; without any, a step does not decode.
+
+    Args:
+        teacher: an image autoencoder, or what `latentae.load` opens: a folder, a hub id, a run, a checkpoint.
+        precision: of the teacher's arithmetic; it costs a forward pass of its encoder in each step.
+
+    Raises:
+        MissingWeights: there is no such teacher.
+        RequestError: it is for video, or its latents have another shape than those of the autoencoder in training.
+    """
+
+    needs_reconstruction = False
+
+    def __init__(
+        self,
+        teacher: str | nn.Module,
+        weight: float = 1.0,
+        precision: Literal["float32", "bfloat16", "float16"] = "float32",
+    ):
+        super().__init__(weight)
+        model = teacher if isinstance(teacher, nn.Module) else load(teacher)
+        self.teacher = LatentCodec(model.requires_grad_(False), dtype=getattr(torch, precision))  # no nn.Module
+        if self.teacher.is_video:
+            raise RequestError(f"LatentDistillation needs an image autoencoder; {type(model).__name__} is for video.")
+
+    def measure(self, step: Step) -> Tensor:
+        pixels = step.target if step.encoded is None else step.encoded
+        if self.teacher.device != pixels.device:
+            self.teacher.autoencoder.to(pixels.device)
+        with torch.no_grad():
+            wanted, wanted_spread = _gaussian(self.teacher.posterior(pixels))
+            scale = self.teacher.normalise(torch.ones_like(wanted)) - self.teacher.normalise(torch.zeros_like(wanted))
+        mean, spread = _gaussian(step.posterior)
+        if mean.shape != wanted.shape:
+            raise RequestError(
+                f"The teacher of LatentDistillation gives latents of shape {tuple(wanted.shape)}, the autoencoder in "
+                f"training {tuple(mean.shape)}: compression and latent channels must agree."
+            )
+        distance = (mean - wanted).square() + (spread - wanted_spread).square()
+        return (distance * scale.square()).mean()
+
+
+def _gaussian(posterior: Any) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of a posterior, (B, C, h, w), in float32 or float64."""
+    mean = widen(posterior.mode())
+    return mean, widen(posterior.std) if hasattr(posterior, "std") else torch.zeros_like(mean)
+
+
+def with_decoder_arguments(arguments: dict[str, Any], teacher: Any, name: str) -> dict[str, Any]:
+    """The arguments of a LiteVAE, with those that give it the teacher's decoder and the shape and scale of its latents.
+
+    Args:
+        teacher: an ``AutoencoderKL``, or a LiteVAE.
+        name: what the teacher is called in errors.
+
+    Raises:
+        RequestError: LiteVAE cannot have this decoder, or ``arguments`` ask for another.
+    """
+    given = _decoder_arguments(teacher, name)
+    for key, value in arguments.items():
+        if key in given and value != given[key]:
+            raise RequestError(
+                f"model.autoencoder.{key} is {value}, but {given[key]} in decoder_of {name}: leave it out."
+            )
+    return {**arguments, **given}
+
+
+def _decoder_arguments(teacher: Any, name: str) -> dict[str, Any]:
+    config = teacher.config
+    kind = type(teacher).__name__
+    if kind == "LiteVAE":
+        encoder = ("extractor", "aggregator", "layers_per_block", "dropout", "wavelet", "band_scale")
+        arguments = {key: config[key] for key in type(teacher)._init_arguments() if not key.startswith(encoder)}
+    elif kind == "AutoencoderKL":
+        blocks = sorted(set(config["up_block_types"]))
+        if blocks != ["UpDecoderBlock2D"] or config["act_fn"] != "silu":
+            raise RequestError(
+                f"model.autoencoder.decoder_of {name} has a decoder of {', '.join(blocks)} with {config['act_fn']}; "
+                "LiteVAE can have one of UpDecoderBlock2D with silu."
+            )
+        arguments = {
+            "in_channels": config["out_channels"],
+            "latent_channels": config["latent_channels"],
+            "levels": len(config["block_out_channels"]) - 1,
+            "decoder_block_out_channels": config["block_out_channels"],
+            "decoder_layers_per_block": config["layers_per_block"],
+            "norm_num_groups": config["norm_num_groups"],
+            "mid_block_add_attention": config["mid_block_add_attention"],
+            "use_post_quant_conv": config["use_post_quant_conv"],
+        }
+    else:
+        raise RequestError(
+            f"model.autoencoder.decoder_of {name} is of the class {kind}; LiteVAE can have the decoder of an "
+            "AutoencoderKL or of another LiteVAE."
+        )
+    normalisation = {key: config[key] for key in NORMALISATION if config.get(key) is not None}
+    return {**arguments, **normalisation}
+
+
+def take_decoder(autoencoder: nn.Module, teacher: Any) -> None:
+    """Copy the weights of the teacher's decoder, and of the convolution before it if it has one."""
+    parts = ("decoder.", "post_quant_conv.")
+    weights = {key: value for key, value in teacher.state_dict().items() if key.startswith(parts)}
+    own = {key for key in autoencoder.state_dict() if key.startswith(parts)}
+    assert own == set(weights), own ^ set(weights)
+    autoencoder.load_state_dict(weights, strict=False)

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from latentae.errors import RequestError
+
 Norm = Literal["group", "batch", "none"]
 
 
@@ -46,10 +48,21 @@ class PatchGAN(Discriminator):
             stack += [*_norm(norm, widths[i], nn.BatchNorm2d), nn.LeakyReLU(0.2)]
         stack.append(nn.Conv2d(widths[-1], 1, 4, stride=1, padding=1))
         self.main = nn.Sequential(*stack)
+        self.smallest_side = 3 * 2**layers
         self.apply(_initialise)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Pixels (B, 3, H, W) to a map of logits (B, 1, h, w); for three layers h = H/8 - 2."""
+        """Pixels (B, 3, H, W) to a map of logits (B, 1, h, w); for three layers h = H/8 - 2.
+
+        Raises:
+            RequestError: a side is too short for one logit.
+        """
+        if min(pixels.shape[-2:]) < self.smallest_side:
+            height, width = pixels.shape[-2:]
+            raise RequestError(
+                f"This PatchGAN needs sides of at least {self.smallest_side} pixels, got {height}x{width}: give it "
+                "fewer layers, take a larger data.size, or larger scales in model.latent_transforms."
+            )
         return self.main(pixels)
 
 

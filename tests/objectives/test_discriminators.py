@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrize import remove_parametrizations
 
-from latentae.objectives import BlurPatchGAN, PatchGAN3D, UNetGAN
+from latentae.errors import RequestError
+from latentae.objectives import BlurPatchGAN, PatchGAN, PatchGAN3D, UNetGAN
 from latentae.objectives.discriminators import BlurDownsample
 
 
@@ -177,3 +178,12 @@ def test_gradients_agree_with_finite_differences(make, shape):
     net = make().double()
     pixels = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(net, (pixels,), eps=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_pixels_too_few_for_one_logit_are_one_sentence(layers):
+    smallest = 3 * 2**layers
+    network = PatchGAN(channels=32, layers=layers)
+    assert network(torch.zeros(1, 3, smallest, smallest)).shape == (1, 1, 1, 1)
+    with pytest.raises(RequestError, match=rf"at least {smallest} pixels, got {smallest - 1}x64: give it fewer layers"):
+        network(torch.zeros(1, 3, smallest - 1, 64))

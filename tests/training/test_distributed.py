@@ -17,7 +17,7 @@ import torch
 from diffusers import AutoencoderKL
 
 import latentae
-from latentae.objectives import KL, L1, ChannelPrefix
+from latentae.objectives import KL, L1, ChannelPrefix, Equivariance, LatentNoise
 
 STEPS = 4
 ADVERSARY = {"start_step": 1, "adaptive": True, "lecam": 0.01, "r1": 0.1, "r1_every": 2}
@@ -26,6 +26,7 @@ CASES = {
     "gan": ("64-true", 1e-10),
     "kl": ("64-true", 1e-10),
     "prefix": ("64-true", 1e-10),
+    "equivariance": ("64-true", 1e-10),
     "float32": ("32-true", 1e-5),
 }
 
@@ -39,6 +40,9 @@ def build(name, runs):
     if name == "prefix":
         structured = latentae.create("dc-ae-tiny", decoder_in_shortcut=False, encoder_out_shortcut=False)
         return runs.make_module(autoencoder=structured, latent_transforms=[ChannelPrefix([2, 4, 8], always_full=True)])
+    if name == "equivariance":
+        transforms = [Equivariance(0.6, 0.3, scales=(0.5, 1.0)), LatentNoise(0.3, "interpolated", prob=0.5)]
+        return runs.make_module(runs.make_adversary(lecam=0.01), latent_transforms=transforms)
     return runs.make_module(runs.make_adversary(**ADVERSARY))
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from latentae.codec import LatentCodec
     from latentae.families.base import Autoencoder
     from latentae.families.dcae import DCAE
+    from latentae.families.litevae import LiteVAE
     from latentae.families.presets import create, presets
     from latentae.loading import load
     from latentae.store.encode import encode_dataset
@@ -25,6 +26,7 @@ _HOME = {
     "DCAE": "latentae.families.dcae",
     "LatentCodec": "latentae.codec",
     "LatentStore": "latentae.store.reader",
+    "LiteVAE": "latentae.families.litevae",
     "ModelMixin": "diffusers",
     "bench": "latentae.bench.run",
     "create": "latentae.families.presets",
@@ -38,6 +40,7 @@ __all__ = [
     "Autoencoder",
     "LatentCodec",
     "LatentStore",
+    "LiteVAE",
     "__version__",
     "bench",
     "create",

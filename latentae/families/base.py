@@ -18,7 +18,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
 from latentae.errors import RequestError
-from latentae.nn.tiling import run_in_tiles
+from latentae.nn.tiling import blend_tiles, run_in_tiles
 from latentae.version import __version__
 
 DEFAULT_TILE = 1024  # pixels along each side
@@ -50,7 +50,8 @@ class Autoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[mi
 
     Exact tiling asks of both halves the methods ``local`` (finite receptive field, zero padding) and ``deep`` (the
     rest), ``local_ratio`` (the scale between pixels and the features between them) and ``local_halo`` (the receptive
-    radius of ``local`` in pixels, a multiple of ``local_ratio``).
+    radius of ``local`` in pixels, a multiple of ``local_ratio``). Families without them, whose norms or attention see
+    the whole image at every depth, get overlapping tiles that are blended.
     """
 
     _supports_gradient_checkpointing = True
@@ -67,6 +68,7 @@ class Autoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[mi
         self.use_slicing = False
         self.use_tiling = False
         self.tile_sample_min_height = self.tile_sample_min_width = DEFAULT_TILE
+        self.tile_sample_stride_height = self.tile_sample_stride_width = _default_stride(DEFAULT_TILE)
 
     @property
     def spatial_compression_ratio(self) -> int:
@@ -204,30 +206,54 @@ class Autoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[mi
     ) -> None:
         """Bound the memory of large images: anything larger than a tile runs tile by tile.
 
+        Exact where the family has halves that allow it; elsewhere overlaps are blended, and as each tile has norms and
+        attention of its own, tone and texture may differ slightly from the untiled result: larger tiles, less so.
+
         Args:
             tile_sample_min_height, tile_sample_min_width: size of a tile in pixels, rounded down to what the family
                 can cut; by default 1024.
-            tile_sample_stride_height, tile_sample_stride_width: accepted as stock classes do; exact tiles take their
-                overlap from the receptive field instead.
+            tile_sample_stride_height, tile_sample_stride_width: pixels from one blended tile to the next, the rest
+                of a tile is overlap; by default three quarters of a tile. Exact tiles take their overlap from the
+                receptive field instead.
+
+        Raises:
+            RequestError: a tile of no pixels, or a stride that is not between one pixel and the tile.
         """
         height, width = tile_sample_min_height or DEFAULT_TILE, tile_sample_min_width or DEFAULT_TILE
         if min(height, width) < 1:
             raise RequestError(f"A tile is at least one pixel, not {height} x {width}.")
+        down = tile_sample_stride_height or _default_stride(height)
+        right = tile_sample_stride_width or _default_stride(width)
+        if not (1 <= down <= height and 1 <= right <= width):
+            raise RequestError(
+                f"The stride of tiles is between one pixel and the tile of {height} x {width}, not {down} x {right}."
+            )
         self.use_tiling = True
         self.tile_sample_min_height, self.tile_sample_min_width = height, width
+        self.tile_sample_stride_height, self.tile_sample_stride_width = down, right
 
-    def _tile(self, local_ratio: int) -> tuple[int, int]:
-        """Tile size in pixels, cut to a multiple of the scale at which local features live."""
-        height = max(self.tile_sample_min_height // local_ratio, 1) * local_ratio
-        width = max(self.tile_sample_min_width // local_ratio, 1) * local_ratio
-        return height, width
+    def _tile(self, ratio: int) -> tuple[int, int]:
+        """Tile size in pixels, cut to a multiple of the scale at which tiles meet."""
+        return _cut(self.tile_sample_min_height, ratio), _cut(self.tile_sample_min_width, ratio)
+
+    def _stride(self, ratio: int) -> tuple[int, int]:
+        return _cut(self.tile_sample_stride_height, ratio), _cut(self.tile_sample_stride_width, ratio)
 
     def _exceeds_tile(self, height: int, width: int) -> bool:
         return self.use_tiling and (height > self.tile_sample_min_height or width > self.tile_sample_min_width)
 
+    def _encode_whole(self, x: Tensor) -> Tensor:
+        return self.encoder(x)
+
+    def _decode_whole(self, z: Tensor) -> Tensor:
+        return self.decoder(z)
+
     def _encode(self, x: Tensor) -> Tensor:
         if not self._exceeds_tile(*x.shape[-2:]):
-            return self.encoder(x)
+            return self._encode_whole(x)
+        if not hasattr(self.encoder, "local"):
+            ratio = self.spatial_compression_ratio
+            return blend_tiles(self._encode_whole, x, self._tile(ratio), self._stride(ratio), down=ratio)
         ratio = self.encoder.local_ratio
         features = run_in_tiles(self.encoder.local, x, self._tile(ratio), self.encoder.local_halo, down=ratio)
         return self.encoder.deep(features)
@@ -235,9 +261,27 @@ class Autoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[mi
     def _decode(self, z: Tensor) -> Tensor:
         scale = self.spatial_compression_ratio
         if not self._exceeds_tile(z.shape[-2] * scale, z.shape[-1] * scale):
-            return self.decoder(z)
+            return self._decode_whole(z)
+        if not hasattr(self.decoder, "local"):
+            tile, stride = ((y // scale, x // scale) for y, x in (self._tile(scale), self._stride(scale)))
+            return blend_tiles(self._decode_whole, z, tile, stride, up=scale)
         ratio = self.decoder.local_ratio
         height, width = self._tile(ratio)
         features = self.decoder.deep(z)
         tile = (height // ratio, width // ratio)
         return run_in_tiles(self.decoder.local, features, tile, self.decoder.local_halo // ratio, up=ratio)
+
+    def folded(self) -> "Autoencoder":
+        """The autoencoder in the form for use after training, which computes the same; itself if that is its form.
+
+        Families whose weights training reparametrises give a new model with plain ones. `export` writes this form.
+        """
+        return self
+
+
+def _cut(pixels: int, ratio: int) -> int:
+    return max(pixels // ratio, 1) * ratio
+
+
+def _default_stride(tile: int) -> int:
+    return max(tile * 3 // 4, 1)

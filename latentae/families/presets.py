@@ -15,6 +15,7 @@ DCAE_PAPER = "DC-AE (arXiv 2410.10733)"
 SANA_PAPER = "SANA (arXiv 2410.10629)"
 DCAE_LITE = "DC-AE-Lite (DC-Gen repository)"
 DCAE15_PAPER = "DC-AE 1.5 (arXiv 2508.00413)"
+LITEVAE_PAPER = "LiteVAE (arXiv 2405.14477)"
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,40 @@ def _dcae_small(latent_channels: int, widths: tuple[int, ...], depth: int) -> di
     )
 
 
+# Widths of feature extractors and aggregator, and their factors. M and L are for quality, not for speed.
+LITEVAE_SIZES = {
+    "s": ((16, (1, 2, 2)), (16, (1, 2, 2))),
+    "b": ((32, (1, 2, 3)), (32, (1, 2, 3))),
+    "m": ((64, (1, 2, 4)), (32, (1, 2, 3))),
+    "l": ((64, (1, 2, 4)), (64, (1, 2, 4))),
+}
+
+
+def _litevae(size: str, levels: int, latent_channels: int) -> dict[str, Any]:
+    (extractor, extractor_factors), (aggregator, aggregator_factors) = LITEVAE_SIZES[size]
+    return dict(
+        latent_channels=latent_channels,
+        levels=levels,
+        extractor_channels=extractor,
+        extractor_multipliers=extractor_factors,
+        aggregator_channels=aggregator,
+        aggregator_multipliers=aggregator_factors,
+        decoder_block_out_channels=(128, 256) + (512,) * (levels - 1),
+    )
+
+
+LITEVAE_TINY = dict(
+    latent_channels=4,
+    extractor_channels=8,
+    extractor_multipliers=(1, 2),
+    aggregator_channels=8,
+    aggregator_multipliers=(1, 2),
+    layers_per_block=1,
+    decoder_block_out_channels=(8, 16, 16, 32),
+    decoder_layers_per_block=1,
+    norm_num_groups=8,
+)
+
 F32 = (128, 256, 512, 512, 1024, 1024)
 F64 = (*F32, 2048)
 F128 = (*F64, 2048)
@@ -139,6 +174,14 @@ _PRESETS = [
     Preset("dc-ae-f64c128-1.5", "DCAE", _dcae_structured((*F32, 1024), 0.5935), DCAE15_PAPER, "dc-ai/{}"),
     Preset("dc-ae-f8c16-small", "DCAE", _dcae_small(16, (32, 32, 64, 128), 1), "ours, for the demo"),
     Preset("dc-ae-tiny", "DCAE", _dcae_small(8, (16, 16, 32, 32), 1), "ours, for tests"),
+    *[
+        Preset(f"litevae-{size}-f8c{channels}", "LiteVAE", _litevae(size, 3, channels), LITEVAE_PAPER)
+        for channels in (12, 4)
+        for size in LITEVAE_SIZES
+    ],
+    Preset("litevae-b-f16c16", "LiteVAE", _litevae("b", 4, 16), "ours, after LiteVAE"),
+    Preset("litevae-b-f32c32", "LiteVAE", _litevae("b", 5, 32), "ours, after LiteVAE"),
+    Preset("litevae-tiny", "LiteVAE", LITEVAE_TINY, "ours, for tests"),
 ]
 PRESETS = {preset.name: preset for preset in _PRESETS}
 

@@ -56,8 +56,8 @@ def export_with_code(autoencoder: Autoencoder, folder: str | Path) -> Path:
 
 
 def _save(autoencoder: nn.Module, folder: Path, changes: dict[str, Any]) -> None:
-    """Write weights and configuration, with entries of the latter changed."""
-    model: Any = autoencoder
+    """Write weights, in the form for use after training, and configuration, with entries of the latter changed."""
+    model: Any = autoencoder.folded() if isinstance(autoencoder, Autoencoder) else autoencoder
     try:
         model.save_pretrained(folder)
     except SafetensorError as error:  # hides the operating system's error in its text

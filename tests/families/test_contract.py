@@ -25,7 +25,22 @@ def shrink_dcae(config):
     return small
 
 
-SHRINK = {"DCAE": shrink_dcae}
+def shrink_litevae(config):
+    """The same levels and factors, few blocks, an eighth of the width or less."""
+    widths = tuple(max(w // 32, 8) for w in config["decoder_block_out_channels"])
+    return dict(
+        config,
+        latent_channels=max(config["latent_channels"] // 4, 2),
+        extractor_channels=8,
+        aggregator_channels=8,
+        layers_per_block=1,
+        decoder_block_out_channels=widths,
+        decoder_layers_per_block=0,
+        norm_num_groups=8,
+    )
+
+
+SHRINK = {"DCAE": shrink_dcae, "LiteVAE": shrink_litevae}
 
 
 @pytest.fixture(scope="module", params=list(PRESETS))
@@ -164,6 +179,8 @@ def test_captured_as_one_graph(autoencoder, pixels):
 
 def test_tiled_equals_untiled(autoencoder):
     """Tiles smaller than the receptive field, at sizes that leave slivers; exact, not blended."""
+    if not hasattr(autoencoder.encoder, "local"):
+        pytest.skip("norms over the whole image: tiles are blended")
     ratio = autoencoder.spatial_compression_ratio
     pixels = torch.rand(1, 3, 2 * ratio, 3 * ratio) * 2 - 1
     with torch.no_grad():
@@ -176,6 +193,28 @@ def test_tiled_equals_untiled(autoencoder):
     for actual, wanted in ((tiled_z, z), (tiled, expected)):
         assert actual.shape == wanted.shape
         assert (actual - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
+def test_tiles_that_are_blended_keep_the_shape_and_one_tile_is_exact(autoencoder):
+    ratio = autoencoder.spatial_compression_ratio
+    pixels = torch.rand(1, 3, 2 * ratio, 4 * ratio) * 2 - 1
+    with torch.no_grad():
+        z = autoencoder.encode(pixels).latent
+        expected = autoencoder.decode(z).sample
+        autoencoder.enable_tiling(2 * ratio + 1, 2 * ratio + 1)
+        assert autoencoder.encode(pixels).latent.shape == z.shape
+        assert autoencoder.decode(z).sample.shape == pixels.shape
+        autoencoder.enable_tiling(4 * ratio, 4 * ratio)
+        assert torch.equal(autoencoder.encode(pixels).latent, z)
+        assert torch.equal(autoencoder.decode(z).sample, expected)
+        autoencoder.disable_tiling()
+
+
+def test_tiles_without_pixels_or_with_gaps_are_refused(autoencoder):
+    for tile in ((-8, 64), (64, 64, 65), (64, 64, 64, -1)):
+        with pytest.raises(RequestError, match="tile"):
+            autoencoder.enable_tiling(*tile)
+    assert not autoencoder.use_tiling
 
 
 def test_tile_arguments_of_the_stock_classes_are_taken(autoencoder):

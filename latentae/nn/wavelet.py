@@ -81,9 +81,11 @@ def wavedec2(x: Tensor, wavelet: str = "haar", mode: str = "periodization", leve
         RequestError: as `dwt2`; ``levels`` below 1 or a side below 2^levels.
     """
     _check(x, mode, 4)
-    if levels < 1 or min(x.shape[-2:]) < 2**levels:
+    if levels < 1:
+        raise RequestError(f"levels must be at least 1, not {levels}.")
+    if min(x.shape[-2:]) < 2**levels:
         size = " x ".join(map(str, x.shape[-2:]))
-        raise RequestError(f"An image of {size} has no {levels} levels: they are at least 1, and a side 2^levels.")
+        raise RequestError(f"A wavelet transform of {levels} levels needs sides of at least {2**levels}, not {size}.")
     details = []
     for _ in range(levels):
         x, *bands = dwt2(x, wavelet, mode)
@@ -180,7 +182,13 @@ class _HaarMerge(torch.autograd.Function):
 
 def _interleave(even: Tensor, odd: Tensor, dim: int) -> Tensor:
     """``even`` at 0, 2, 4, ... and ``odd`` at 1, 3, 5, ... of the axis ``dim``, which is negative."""
-    return torch.stack((even, odd), dim).flatten(dim - 1, dim)
+    size = list(even.shape)
+    size[dim] *= 2
+    x = even.new_empty(size)
+    pairs = x.unflatten(dim, (-1, 2))
+    pairs.select(dim, 0).copy_(even)
+    pairs.select(dim, 1).copy_(odd)
+    return x
 
 
 def _pad_to_even(x: Tensor, mode: str, dim: int) -> Tensor:

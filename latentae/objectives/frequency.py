@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from latentae.nn.wavelet import dwt2
 from latentae.objectives.reconstruction import charbonnier
 from latentae.objectives.terms import Step, Term
 
@@ -31,22 +32,10 @@ class HaarDetail(Term):
         low = step.reconstruction - step.target
         levels = []
         for _ in range(self.levels):
-            low, details = _split(low)
-            levels.append(charbonnier(details, self.epsilon))
+            height, width = low.shape[-2] // 2 * 2, low.shape[-1] // 2 * 2  # an odd last row or column is left out
+            low, *details = (band / 2 for band in dwt2(low[..., :height, :width]))
+            levels.append(charbonnier(torch.stack(details), self.epsilon))
         return torch.stack(levels).mean()
-
-
-def _split(x: Tensor) -> tuple[Tensor, Tensor]:
-    """One Haar level over 2: the block mean (B, C, H/2, W/2) and the details (3, B, C, H/2, W/2).
-
-    An odd last row or column is left out.
-    """
-    height, width = x.shape[-2] // 2 * 2, x.shape[-1] // 2 * 2
-    top, bottom = x[..., 0:height:2, :width], x[..., 1:height:2, :width]
-    low, high = (top + bottom) / 2, (top - bottom) / 2
-    l_left, l_right, h_left, h_right = low[..., 0::2], low[..., 1::2], high[..., 0::2], high[..., 1::2]
-    details = torch.stack([(h_left + h_right) / 2, (l_left - l_right) / 2, (h_left - h_right) / 2])
-    return (l_left + l_right) / 2, details
 
 
 class GaussianDetail(Term):

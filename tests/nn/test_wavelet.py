@@ -7,6 +7,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from latentae.errors import RequestError
 from latentae.nn.wavelet import MODES, dwt2, dwt3, idwt2, idwt3, wavedec2, waverec2
 
 WAVELETS = ("haar", "db2", "db4", "sym4", "bior2.2", "bior4.4")
@@ -88,3 +89,88 @@ def test_video_is_dwtn(mode, frames, height, width, seed):
     restored = idwt3(bands)
     assert_equal(restored, pywt.idwtn(expected, "haar", mode, axes=(-3, -2, -1)))
     assert_restored(restored, x)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("wavelet", ["haar", "db2", "bior2.2"])
+def test_gradients_are_exact_to_second_order(wavelet, mode):
+    x = noise(1, 2, 5, 6).requires_grad_()
+    bands = [noise(1, 2, 3, 4, seed=i).requires_grad_() for i in range(4)]
+
+    def energy_of_gradient(x: torch.Tensor) -> torch.Tensor:
+        loss = sum(band.pow(3).sum() for band in dwt2(x, wavelet, mode))
+        (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+        return gradient.square().sum()
+
+    assert torch.autograd.gradcheck(lambda x: dwt2(x, wavelet, mode), x)
+    assert torch.autograd.gradcheck(lambda *bands: idwt2(*bands, wavelet, mode), bands)
+    assert torch.autograd.gradcheck(energy_of_gradient, x)
+
+
+def test_gradient_of_videos():
+    x = noise(1, 1, 3, 4, 2).requires_grad_()
+    assert torch.autograd.gradcheck(dwt3, x)
+    assert torch.autograd.gradcheck(lambda *bands: idwt3(bands), [band.detach().requires_grad_() for band in dwt3(x)])
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_haar_is_orthonormal_and_without_memory_of_layout(memory_format):
+    x = noise(2, 3, 8, 6)
+    bands = torch.stack(dwt2(x.contiguous(memory_format=memory_format)))
+    a, b, c, d = x[..., 0::2, 0::2], x[..., 0::2, 1::2], x[..., 1::2, 0::2], x[..., 1::2, 1::2]
+    assert_equal(bands, torch.stack([a + b + c + d, a + b - c - d, a - b + c - d, a - b - c + d]) / 2)
+    assert_equal(bands.square().sum(), x.square().sum())
+
+
+@pytest.mark.parametrize("wavelet", ["haar", "db2"])
+def test_one_compiled_graph_also_backwards(wavelet):
+    def round_trip(x: torch.Tensor) -> torch.Tensor:
+        return waverec2(wavedec2(x, wavelet, "symmetric", levels=2), wavelet, "symmetric")
+
+    x = noise(1, 3, 16, 12).requires_grad_()
+    restored = torch.compile(round_trip, fullgraph=True, backend="aot_eager")(x)
+    assert_restored(restored, x)
+    (gradient,) = torch.autograd.grad(restored.square().sum(), x)
+    assert_equal(gradient, 2 * x, 1e-10)
+
+
+@pytest.mark.parametrize("wavelet", ["haar", "db4"])
+def test_half_precision_rounds_like_its_own_numbers(wavelet):
+    x = noise(2, 3, 16, 16).bfloat16()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        bands = dwt2(x, wavelet)
+        restored = idwt2(*bands, wavelet)
+        full = dwt2(x.float(), wavelet)
+    assert {band.dtype for band in bands} == {torch.bfloat16} == {restored.dtype}
+    assert {band.dtype for band in full} == {torch.float32}  # autocast takes nothing from fp32
+    for band, expected in zip(full, dwt2(x.double(), wavelet)):
+        torch.testing.assert_close(band.double(), expected, rtol=0, atol=2e-6)
+    torch.testing.assert_close(restored, x, rtol=0, atol=0.06)
+
+
+@pytest.mark.parametrize(
+    ("request_", "sentence"),
+    [
+        (lambda x: dwt2(x, "db99"), r"There is no wavelet 'db99'; did you mean db\d+\?"),
+        (lambda x: dwt2(x, "bior4,4"), "did you mean bior4.4?"),
+        (lambda x: dwt2(x, "Haar"), "did you mean haar?"),
+        (lambda x: dwt2(x, "mexh"), "The wavelet 'mexh' is continuous"),
+        (lambda x: dwt2(x, "cmor1.5-1.0"), "is continuous: choose a discrete one, such as haar or db2."),
+        (lambda x: dwt2(x, "db2", "smooth"), "mode 'smooth': PyWavelets has it, this transform does not; choose zero"),
+        (lambda x: dwt2(x, "db2", "mirror"), "mode 'mirror': no such mode; choose zero"),
+        (lambda x: dwt2(x[..., :1, :], "db2", "reflect"), "mode 'reflect' needs sides of at least 2, not 1"),
+        (lambda x: dwt2(x[..., :0]), r"needs floats \(B, C, H, W\), not \(1, 3, 12, 0\)"),
+        (lambda x: dwt2(x[0]), r"not \(3, 12, 8\)"),
+        (lambda x: dwt2(x.to(torch.uint8)), "torch.uint8"),
+        (lambda x: wavedec2(x, levels=4), "A wavelet transform of 4 levels needs sides of at least 16, not 12 x 8"),
+        (lambda x: wavedec2(x, levels=0), "levels must be at least 1, not 0"),
+        (lambda x: idwt2(x, x, x, x[..., 1:]), "The four bands must have one shape"),
+        (lambda x: idwt2(*[x[..., :3]] * 4, "db4", "zero"), "Bands of 12 x 3 are too small for db4, mode zero"),
+        (lambda x: dwt3(x), r"\(B, C, T, H, W\)"),
+        (lambda x: idwt3([x[None]] * 4), "eight bands of one shape"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_sentence(request_, sentence):
+    with pytest.raises(RequestError, match=sentence) as error:
+        request_(torch.zeros(1, 3, 12, 8))
+    assert "\n" not in str(error.value)

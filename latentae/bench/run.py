@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from latentae.bench.contestants import Model, describe, open_contestants
+from latentae.bench.equivariance import LatentEquivariance, equivariance_section
 from latentae.bench.images import ImageSet
 from latentae.bench.latents import LatentStatistics
 from latentae.bench.protocol import describe_machine, describe_protocol, versions
@@ -49,6 +50,7 @@ def bench(
     speed_batch_size: int | None = None,
     report_images: int = 24,
     random_weights: bool = False,
+    equivariance: int = 0,
     baselines: Sequence[dict[str, Any]] = (),
     extra_sections: Sequence[Section] = (),
 ) -> dict[str, Any]:
@@ -72,6 +74,8 @@ def bench(
             and 1 elsewhere.
         report_images: how many images the report shows.
         random_weights: allow presets with random weights.
+        equivariance: on how many images to measure how latents follow rotations and scalings, which needs about 7
+            times the work for each; it is in ``latents``.
         baselines: rows ``{"name", "psnr"}`` for the table, see `latentae.bench.baselines`.
         extra_sections: sections for the report.
 
@@ -84,10 +88,10 @@ def bench(
         RequestError: a model, option or metric that cannot be had; nothing was measured.
         DataError: more images than ``max_bad`` are broken; the others were measured and written to ``out``.
     """
-    if size < SMALLEST_SIZE or batch_size < 1 or (limit is not None and limit < 1):
+    if size < SMALLEST_SIZE or batch_size < 1 or (limit is not None and limit < 1) or equivariance < 0:
         raise RequestError(
-            f"bench got size {size}, batch_size {batch_size} and limit {limit}: the size must be at least "
-            f"{SMALLEST_SIZE}, the others at least 1."
+            f"bench got size {size}, batch_size {batch_size}, limit {limit} and equivariance {equivariance}: the size "
+            f"must be at least {SMALLEST_SIZE}, the next two at least 1, the last at least 0."
         )
     check_max_bad(max_bad)
     folder = None if out is None else Path(out)
@@ -108,7 +112,17 @@ def bench(
         name, codec = contestant.name, contestant.codec()
         speed_batch = speed_batch_size or (batch_size if codec.device.type == "cuda" else 1)
         try:
-            figures = _measure(name, codec, images, quality, samples, len(measured), sample=sample, seed=seed)
+            figures = _measure(
+                name,
+                codec,
+                images,
+                quality,
+                samples,
+                len(measured),
+                sample=sample,
+                seed=seed,
+                equivariance=equivariance,
+            )
             timing = measure_speed(codec, size, speed_batch) if speed and figures["images"] else None
         except torch.OutOfMemoryError as error:
             raise RequestError(f"{name} runs out of GPU memory: use less than batch_size={batch_size}.") from error
@@ -139,7 +153,8 @@ def bench(
     }
     if folder:
         write_results(results, folder)
-        write_report(results, folder / "report.html", extra_sections)
+        sections = [*extra_sections, *([equivariance_section(measured)] if equivariance else [])]
+        write_report(results, folder / "report.html", sections)
     remedy = f"All others were measured: see {folder / 'results.json'}." if folder else "All others were measured."
     refuse_too_many_bad([error.reason for error in images.bad.values()], len(images.items), max_bad, remedy)
     if images.bad:
@@ -157,11 +172,12 @@ def _measure(
     *,
     sample: bool,
     seed: int,
+    equivariance: int,
 ) -> dict[str, Any]:
     """All figures of one model that come from the images."""
     pair_device = torch.device("cpu") if codec.device.type == "mps" else codec.device  # MPS has no float64
     measurement = Measurement(quality, first=index == 0, device=pair_device)
-    statistics = LatentStatistics()
+    statistics, follows = LatentStatistics(), LatentEquivariance(codec, equivariance)
     with Progress(name, len(images.good)) as progress:
         for keys, originals in images.batches():
             latents = codec.encode(originals, sample=sample, generator=_generators(seed, keys))
@@ -171,9 +187,11 @@ def _measure(
             measurement.add(keys, reconstruction, originals.to(pair_device), finite)
             z = codec.denormalise(latents.tensor)
             statistics.add(z)
+            follows.add(originals)
             samples.save(index, keys, originals, reconstruction, z)
             progress.advance(len(keys))
-    return {**measurement.results(), "latents": statistics.results()}
+    diagnostics = statistics.results() | (follows.results() if equivariance else {})
+    return {**measurement.results(), "latents": diagnostics}
 
 
 def _generators(seed: int, keys: list[str]) -> Any:

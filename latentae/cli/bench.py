@@ -36,6 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "cannot be measured is an error (default: all that can be)",
     )
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="images at a time (default: 8)")
+    parser.add_argument(
+        "--equivariance",
+        type=int,
+        default=0,
+        metavar="N",
+        help="on the first N images, also measure how latents follow rotations and scalings (default: 0)",
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: a GPU if there is one)")
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="precision of the models"
@@ -73,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
         speed_batch_size=args.speed_batch_size,
         report_images=args.report_images,
         random_weights=args.random_weights,
+        equivariance=args.equivariance,
     )
     print(json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) if args.json else summarise(results))
     if args.out:

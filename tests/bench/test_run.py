@@ -416,3 +416,40 @@ class TestCommand:
         (photo_folder / "zero.png").touch()
         assert main(["bench", str(photo_folder), "--model", "dc-ae-tiny", "--size", "40", "--no-speed"]) == 3
         assert "1 of 7" in capsys.readouterr().err
+
+
+COARSE = {
+    "encoder_block_out_channels": [8] * 6,
+    "decoder_block_out_channels": [8] * 6,
+    "encoder_layers_per_block": [1] * 6,
+    "decoder_layers_per_block": [1] * 6,
+    "attention_head_dim": 4,
+    "latent_channels": 8,
+}
+
+
+def test_equivariance_is_that_of_the_model_and_stands_in_the_report(photo_folder, tmp_path):
+    """Rotation errors computed by hand on the crops of the first three images."""
+    autoencoder = tiny_kl().eval()
+    models = [("kl", autoencoder), ("too coarse", latentae.create("dc-ae-f32c32-in-1.0", **COARSE))]
+    results = bench(photo_folder, models, out=tmp_path / "out", size=64, equivariance=3, speed=False, batch_size=2)
+    figures, skipped = (model["latents"]["equivariance"] for model in results["models"])
+
+    errors = []
+    for row in results["models"][0]["per_image"][:3]:
+        image = adm_center_crop(np.asarray(Image.open(photo_folder / row["key"]).convert("RGB")), 64)
+        pixels = to_float(torch.from_numpy(image).permute(2, 0, 1)[None])
+        for turns in (1, 2, 3):
+            with torch.no_grad():
+                moved = autoencoder.encode(pixels).latent_dist.mode().rot90(turns, (2, 3))
+                wanted = autoencoder.encode(pixels.rot90(turns, (2, 3))).latent_dist.mode()
+            errors.append((moved - wanted).square().sum().item() / wanted.square().sum().item())
+    assert figures["rotation_error"] == pytest.approx(np.mean(errors), rel=1e-4)
+    assert figures.keys() >= {"scale_error", "scale_error_standardised", "rotation_psnr"}
+    assert "at least 4x4, got 2x2: take images of at least 128 pixels" in skipped["skipped"]
+    page = (tmp_path / "out/report.html").read_text()
+    assert "Equivariance of the latents" in page
+    assert f"{figures['scale_error']:.3g}" in page
+    assert (
+        "equivariance" not in bench(photo_folder, ["dc-ae-tiny"], size=64, limit=1, speed=False)["models"][0]["latents"]
+    )

@@ -18,7 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention_processor import Attention
-from diffusers.models.autoencoders.vae import Decoder, DiagonalGaussianDistribution
+from diffusers.models.autoencoders.vae import Decoder, DecoderTiny, DiagonalGaussianDistribution
 from torch import Tensor
 
 from latentae.errors import RequestError
@@ -238,9 +238,10 @@ class LiteVAE(Autoencoder):
         layers_per_block: residual blocks for each factor.
         dropout: inside the encoder's residual blocks.
         decoder_norm: ``group``: diffusers' own ``Decoder``, whose weights are those of ``AutoencoderKL``;
-            ``self_modulated``: norm-free blocks of self-modulated convolutions; ``none``: the same after `folded`.
+            ``self_modulated``: norm-free blocks of self-modulated convolutions; ``none``: the same after `folded`;
+            ``tiny``: diffusers' ``DecoderTiny``, whose weights are those of ``AutoencoderTiny`` (TAESD).
         decoder_block_out_channels: the decoder's widths, from full resolution down, one for each level and one more.
-        decoder_layers_per_block: residual blocks of each width, less one.
+        decoder_layers_per_block: residual blocks of each width, less one; for ``tiny`` their number at each width.
         norm_num_groups: groups of the decoder's norms.
         mid_block_add_attention: whether the decoder has attention in the middle.
         use_post_quant_conv: whether a 1x1 convolution precedes the decoder, as in most published ``AutoencoderKL``.
@@ -248,12 +249,13 @@ class LiteVAE(Autoencoder):
             with one width less, and the inverse transform gives the pixels.
         scaling_factor, shift_factor: normalised latents are ``(z - shift_factor) * scaling_factor``.
         latents_mean, latents_std: the same, channel by channel.
+        force_upcast: whether pipelines in half precision decode in fp32, for decoders that overflow.
 
     Raises:
-        RequestError: an unknown wavelet, decoder norm or output type, or another number of decoder widths.
+        RequestError: an unknown wavelet, decoder norm or output type, or another number of decoder widths or layers.
     """
 
-    _no_split_modules: Any = ["ResBlock", "ResnetBlock2D", "NormFreeBlock", "Attention"]
+    _no_split_modules: Any = ["ResBlock", "ResnetBlock2D", "NormFreeBlock", "Attention", "AutoencoderTinyBlock"]
     _repeated_blocks: Any = ["ResBlock"]
     _group_offload_block_modules = ["post_quant_conv", "encoder", "decoder"]
 
@@ -273,7 +275,7 @@ class LiteVAE(Autoencoder):
         dropout: float = 0.0,
         decoder_norm: str = "group",
         decoder_block_out_channels: tuple[int, ...] = (128, 256, 512, 512),
-        decoder_layers_per_block: int = 2,
+        decoder_layers_per_block: int | tuple[int, ...] = 2,
         norm_num_groups: int = 32,
         mid_block_add_attention: bool = True,
         use_post_quant_conv: bool = False,
@@ -282,9 +284,10 @@ class LiteVAE(Autoencoder):
         shift_factor: float = 0.0,
         latents_mean: tuple[float, ...] | None = None,
         latents_std: tuple[float, ...] | None = None,
+        force_upcast: bool = False,
     ):
         super().__init__()
-        _check_choice("decoder_norm", decoder_norm, ("group", "self_modulated", "none"))
+        _check_choice("decoder_norm", decoder_norm, ("group", "self_modulated", "none", "tiny"))
         _check_choice("output_type", output_type, ("pixels", "wavelet"))
         dwt2(torch.zeros(1, 1, 2, 2, device="cpu"), wavelet, WAVELET_MODE)  # refuses what is no wavelet
         stages = levels if output_type == "wavelet" else levels + 1
@@ -292,6 +295,12 @@ class LiteVAE(Autoencoder):
             raise RequestError(
                 f"A LiteVAE of {levels} levels that gives {output_type} has {stages} decoder widths, but "
                 f"decoder_block_out_channels has {len(decoder_block_out_channels)}: {list(decoder_block_out_channels)}."
+            )
+        layers: Any = decoder_layers_per_block
+        if (0 if isinstance(layers, int) else len(layers)) != (stages if decoder_norm == "tiny" else 0):
+            raise RequestError(
+                "decoder_layers_per_block is one number, or with decoder_norm tiny one for each of the "
+                f"{stages} decoder widths; got {layers} with decoder_norm {decoder_norm}."
             )
         bands = BANDS * in_channels
         shared = dict(layers=layers_per_block, dropout=dropout)
@@ -310,16 +319,26 @@ class LiteVAE(Autoencoder):
                 out_channels,
                 ("UpDecoderBlock2D",) * stages,
                 decoder_block_out_channels,
-                decoder_layers_per_block,
+                layers,
                 norm_num_groups,
                 mid_block_add_attention=mid_block_add_attention,
+            )
+        elif decoder_norm == "tiny":
+            self.decoder = DecoderTiny(
+                latent_channels,
+                out_channels,
+                tuple(reversed(layers)),
+                tuple(reversed(decoder_block_out_channels)),
+                upsampling_scaling_factor=2,
+                act_fn="relu",
+                upsample_fn="nearest",
             )
         else:
             self.decoder = NormFreeDecoder(
                 latent_channels,
                 out_channels,
                 decoder_block_out_channels,
-                decoder_layers_per_block,
+                layers,
                 norm_num_groups,
                 mid_block_add_attention,
                 SelfModulatedConv2d if decoder_norm == "self_modulated" else PlainConv2d,

@@ -80,7 +80,7 @@ def with_decoder_arguments(arguments: dict[str, Any], teacher: Any, name: str) -
     """The arguments of a LiteVAE, with those that give it the teacher's decoder and the shape and scale of its latents.
 
     Args:
-        teacher: an ``AutoencoderKL``, or a LiteVAE.
+        teacher: an ``AutoencoderKL``, an ``AutoencoderTiny`` or a LiteVAE.
         name: what the teacher is called in errors.
 
     Raises:
@@ -99,7 +99,7 @@ def _decoder_arguments(teacher: Any, name: str) -> dict[str, Any]:
     config = teacher.config
     kind = type(teacher).__name__
     if kind == "LiteVAE":
-        encoder = ("extractor", "aggregator", "layers_per_block", "dropout", "wavelet", "band_scale")
+        encoder = ("extractor", "aggregator", "layers_per_block", "dropout")
         arguments = {key: config[key] for key in type(teacher)._init_arguments() if not key.startswith(encoder)}
     elif kind == "AutoencoderKL":
         blocks = sorted(set(config["up_block_types"]))
@@ -117,11 +117,27 @@ def _decoder_arguments(teacher: Any, name: str) -> dict[str, Any]:
             "norm_num_groups": config["norm_num_groups"],
             "mid_block_add_attention": config["mid_block_add_attention"],
             "use_post_quant_conv": config["use_post_quant_conv"],
+            "force_upcast": config["force_upcast"],
+        }
+    elif kind == "AutoencoderTiny":
+        shape = (config["act_fn"], config["upsample_fn"], config["upsampling_scaling_factor"])
+        if shape != ("relu", "nearest", 2):
+            raise RequestError(
+                f"model.autoencoder.decoder_of {name} has a decoder with {shape[0]} and {shape[1]} upsampling by "
+                f"{shape[2]}; LiteVAE can have one with relu and nearest upsampling by 2."
+            )
+        arguments = {
+            "in_channels": config["out_channels"],
+            "latent_channels": config["latent_channels"],
+            "levels": len(config["decoder_block_out_channels"]) - 1,
+            "decoder_norm": "tiny",
+            "decoder_block_out_channels": config["decoder_block_out_channels"][::-1],
+            "decoder_layers_per_block": config["num_decoder_blocks"][::-1],
         }
     else:
         raise RequestError(
             f"model.autoencoder.decoder_of {name} is of the class {kind}; LiteVAE can have the decoder of an "
-            "AutoencoderKL or of another LiteVAE."
+            "AutoencoderKL, an AutoencoderTiny or another LiteVAE."
         )
     normalisation = {key: config[key] for key in NORMALISATION if config.get(key) is not None}
     return {**arguments, **normalisation}

@@ -18,7 +18,7 @@ from latentae.loading.opening import LAST_CHECKPOINT
 from latentae.training.distillation import take_decoder, with_decoder_arguments
 from latentae.weights import open_state_dict
 
-SOURCES = ("preset", "pretrained", "diffusers")
+SOURCES = {"preset": "name of a preset", "pretrained": "folder or hub id to start from", "diffusers": "class"}
 
 
 def build_autoencoder(description: dict[str, Any], seed: int = 0) -> nn.Module:
@@ -27,8 +27,8 @@ def build_autoencoder(description: dict[str, Any], seed: int = 0) -> nn.Module:
     Args:
         description: ``{preset: NAME, **changed arguments}`` or ``{diffusers: CLASS, **arguments}`` for random weights,
             or ``{pretrained: FOLDER or hub id}``; each with ``init_from``: anything that `latentae.load` opens, of
-            runs the averaged weights. A preset of LiteVAE also with ``decoder_of``: an AutoencoderKL or LiteVAE, whose
-            decoder and whose latents' shape and scale it then has.
+            runs the averaged weights. A preset of LiteVAE also with ``decoder_of``: an AutoencoderKL, AutoencoderTiny
+            or LiteVAE, whose decoder and whose latents' shape and scale it then has.
         seed: of random weights.
 
     Raises:
@@ -42,6 +42,8 @@ def build_autoencoder(description: dict[str, Any], seed: int = 0) -> nn.Module:
         got = f"{near[0]!r}, which is neither" if near and not named else ", ".join(sorted(arguments)) or "nothing"
         raise RequestError(f"model.autoencoder needs one of {', '.join(SOURCES)}; it has {got}.")
     kind, source = named[0], arguments.pop(named[0])
+    if source is None:
+        raise RequestError(f"model.autoencoder.{kind} is not set: give the {SOURCES[kind]}.")
     make = _maker(kind, source)
     known = [] if make is None else [name for name in inspect.signature(make.__init__).parameters if name != "self"]
     for key in arguments:

@@ -210,6 +210,8 @@ def test_the_preset_takes_channels_levels_and_scale_from_the_teacher(options, tm
         assert torch.equal(student.decode(z).sample, teacher.decode(z).sample)
     assert (student.config.scaling_factor, student.config.shift_factor) == (0.3611, 0.1159)
 
+    assert student.config.force_upcast == teacher.config.force_upcast
+
     student.save_pretrained(tmp_path / "student")  # a LiteVAE is a teacher too
     again = build_autoencoder(
         {"preset": "litevae-tiny", "extractor_channels": 4, "decoder_of": str(tmp_path / "student")}
@@ -217,6 +219,28 @@ def test_the_preset_takes_channels_levels_and_scale_from_the_teacher(options, tm
     with torch.no_grad():
         assert torch.equal(again.decode(z).sample, teacher.decode(z).sample)
     assert again.config.extractor_channels == 4
+
+
+def test_the_decoder_of_an_autoencoder_tiny(runs, folder, tmp_path):
+    torch.manual_seed(0)
+    widths = {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4}
+    blocks = {"num_encoder_blocks": (1, 1, 1, 1), "num_decoder_blocks": (2, 1, 2, 1)}
+    teacher = diffusers.AutoencoderTiny(**widths, **blocks).eval()
+    teacher.save_pretrained(tmp_path / "teacher")
+    _, steps = distil(runs, folder, tmp_path / "run", tmp_path / "teacher", 30)
+    student = latentae.load(tmp_path / "run")
+    assert steps[30]["latents"] < steps[1]["latents"] / 3
+    theirs = teacher.decoder.state_dict()
+    assert all(torch.equal(value, theirs[key]) for key, value in student.decoder.state_dict().items())
+    assert torch.equal(images(student), images(teacher))
+    assert (student.config.scaling_factor, student.config.shift_factor) == (1.0, 0.0)
+    with torch.no_grad():
+        spread = student.encode(held_out()).latent_dist.std
+    assert spread.max() < 0.5, "a deterministic teacher takes the noise away"
+
+    diffusers.AutoencoderTiny(**widths, **blocks, upsample_fn="bilinear").save_pretrained(tmp_path / "bilinear")
+    with pytest.raises(RequestError, match="relu and bilinear upsampling by 2"):
+        build_autoencoder({"preset": "litevae-tiny", "decoder_of": str(tmp_path / "bilinear")})
 
 
 def test_what_does_not_fit_is_refused_in_a_sentence(teacher_folder, teacher, tmp_path, runs, folder):

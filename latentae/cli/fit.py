@@ -14,7 +14,8 @@ Train an autoencoder from a recipe. The same command again continues the run in 
 
 what to train
   --config RECIPE             a YAML file, or the name of a shipped recipe: demo, sd-vae-f8c4, dcae/f32c32-phase1,
-                              -phase2, -phase3, and so for dcae/f64c128 and dcae/f128c512; given more than once, later
+                              -phase2, -phase3, and so for dcae/f64c128 and dcae/f128c512; eq-vae/finetune-kl, -vq;
+                              litevae/distill-f8c4; given more than once, later
                               ones change earlier ones. 'latentae stages' runs several in order
   --run_dir DIR               where checkpoints, samples, TensorBoard logs and config.yaml go (default runs/RECIPE)
   --fork                      continue DIR although the configuration has changed since it was started

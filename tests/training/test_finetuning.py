@@ -4,6 +4,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 import latentae
@@ -163,3 +164,31 @@ def test_a_compiled_run_is_the_run(runs, folder, tmp_path):
     assert list(compiled.state_dict()) == list(plain.state_dict())
     for step, values in expected.items():
         assert found[step] == pytest.approx(values, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name"), [("eq-vae/finetune-kl", "AutoencoderKL"), ("eq-vae/finetune-vq", "VQModel")]
+)
+def test_the_recipes_of_eq_vae_run_on_a_folder(tmp_path, folder, recipe, name):
+    """As shipped, but for LPIPS, whose weights are not here, a smaller discriminator and one device."""
+    torch.manual_seed(0)
+    stock = STOCK[name]()
+    stock.save_pretrained(tmp_path / "stock")
+    argv = ["--config", recipe, "--run_dir", str(tmp_path / "run"), "--data.path", str(folder)]
+    argv += ["--model.autoencoder.pretrained", str(tmp_path / "stock"), "--model.objective.lpips", "L2"]
+    argv += ["--model.adversary.discriminator.channels", "32", "--model.adversary.discriminator.layers", "1"]
+    argv += ["--model.adversary.start_step", "1", "--model.latent_transforms.eq_prob", "0.8"]
+    argv += ["--data.size", "32", "--data.batch_size", "2", "--data.workers", "0", "--trainer.max_steps", "3"]
+    argv += ["--trainer.devices", "1", "--trainer.accelerator", "cpu", "--model.accumulate", "1"]
+    assert main(["fit", *argv]) == 0
+    saved = yaml.safe_load((tmp_path / "run/config.yaml").read_text())["model"]["latent_transforms"]
+    assert [transform["class_path"] for transform in saved] == ["latentae.objectives.Equivariance"]
+    assert saved[0]["init_args"]["eq_prob"] == 0.8
+    trained = latentae.load(tmp_path / "run")
+    assert type(trained) is type(stock)
+    assert not torch.equal(trained.encoder.conv_in.weight, stock.encoder.conv_in.weight)
+
+
+def test_a_start_that_is_not_set_is_asked_for():
+    with pytest.raises(RequestError, match="pretrained is not set: give the folder or hub id to start from"):
+        build_autoencoder({"pretrained": None})

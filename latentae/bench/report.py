@@ -15,7 +15,16 @@ import numpy as np
 from PIL import Image
 
 from latentae.bench.quality import HIGHER_IS_BETTER, METRICS
-from latentae.bench.results import LABELS, format_metric, format_rate, measured_metrics, shape_label
+from latentae.bench.results import (
+    COST_HEADER,
+    LABELS,
+    cost_conditions,
+    cost_rows,
+    format_metric,
+    format_rate,
+    measured_metrics,
+    shape_label,
+)
 from latentae.errors import MissingExtra
 from latentae.files import atomic_write
 
@@ -52,6 +61,7 @@ def write_report(results: dict[str, Any], path: str | Path, extra_sections: Sequ
     page = environment.get_template("report.html").render(
         results=results,
         table=_table(results),
+        cost={"header": COST_HEADER, "rows": cost_rows(results), "conditions": cost_conditions(results)},
         statistics=_latent_statistics(results),
         protocol=[(PROTOCOL_LABELS.get(key, key), _plain(value)) for key, value in results["protocol"].items()],
         notes=_notes(results),

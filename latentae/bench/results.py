@@ -57,6 +57,40 @@ def format_rate(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
+COST_HEADER = ("model", "half", "parameters, M", "GMAC / image", "ms / batch", "peak memory, GiB")
+
+
+def cost_rows(results: dict[str, Any]) -> list[list[str]]:
+    """What the encoder and the decoder of every model cost, each in a row: the columns of `COST_HEADER`."""
+    rows = []
+    for model in results["models"]:
+        for task, half in (("encode", "encoder"), ("decode", "decoder")):
+            speed = model["speed"][task] if model["speed"] else {}
+            figures = [
+                (model["parameters"].get(half), 1e-6, ".2f"),
+                (model["gmac"].get(task), 1, ".2f"),
+                (speed.get("seconds_per_batch"), 1e3, ".1f"),
+                (speed.get("peak_memory_bytes"), 2**-30, ".2f"),
+            ]
+            rows.append(
+                [model["name"], half, *("–" if value is None else f"{value * k:{form}}" for value, k, form in figures)]
+            )
+    return rows
+
+
+def cost_conditions(results: dict[str, Any]) -> str:
+    """Under which conditions the figures of `cost_rows` were taken."""
+    text = f"GMAC: multiply-accumulates of one {results['protocol']['size']} px image"
+    speed = next((model["speed"] for model in results["models"] if model["speed"]), None)
+    if speed is None:
+        return text + "; speed was not measured."
+    threads = f", {speed['threads']} threads" if speed["threads"] else ""
+    return (
+        f"{text}; ms: median for a batch of {speed['batch_size']} at {speed['size']} px, {speed['dtype']}, "
+        f"{speed['device']}{threads}; memory: {speed['memory_is']}."
+    )
+
+
 def summarise(results: dict[str, Any]) -> str:
     """The table for the terminal with the protocol at its foot."""
     metrics = measured_metrics(results)
@@ -79,4 +113,5 @@ def summarise(results: dict[str, Any]) -> str:
     foot = [f"protocol {results['protocol_sha256'][:12]}: {protocol['images']} images of {protocol['size']} px"]
     foot += [f"  {name}: {protocol[name]}" for name in shown if name != "size"]
     foot += ["versions: " + ", ".join(f"{name} {version}" for name, version in versions.items() if version)]
-    return "\n".join([format_table(header, rows), "", *foot])
+    cost = [format_table(list(COST_HEADER), cost_rows(results)), cost_conditions(results)]
+    return "\n".join([format_table(header, rows), "", *cost, "", *foot])

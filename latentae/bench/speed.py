@@ -118,9 +118,10 @@ def count_gmac(codec: LatentCodec, size: int) -> dict[str, Any]:
     often mean these MACs). ``{"reason": ...}`` where a model cannot run on fake tensors.
     """
     codec = LatentCodec(codec.autoencoder)  # neither compiled nor under autocast
+    on_meta = codec.device.type == "meta"  # tensors without values already
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            pixels = torch.empty(1, 3, size, size)
+        with contextlib.nullcontext() if on_meta else FakeTensorMode(allow_non_fake_inputs=True):
+            pixels = torch.empty(1, 3, size, size, device="meta" if on_meta else "cpu")
             with FlopCounterMode(display=False) as encode:
                 latents = codec.encode(pixels)
             with FlopCounterMode(display=False) as decode:

@@ -1,11 +1,22 @@
-"""List every named configuration: compression, latent channels, parameters of both halves, where it comes from."""
+"""List every named configuration: compression, latent channels, parameters of both halves, where it comes from.
+
+With --macs also the arithmetic of both halves, beside that of Stable Diffusion's autoencoder.
+"""
 
 import argparse
 import json
+from typing import Any
+
+SIZE = 256  # of the image that --macs counts for
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", help="print the configuration of this preset instead of the list")
+    parser.add_argument(
+        "--macs",
+        action="store_true",
+        help=f"count multiply-accumulates for a {SIZE} px image too, and those of SD-VAE; takes seconds longer",
+    )
     parser.add_argument("--json", action="store_true", help="machine-readable output")
 
 
@@ -22,12 +33,60 @@ def run(args: argparse.Namespace) -> int:
         )
         return 0
     rows = [describe(name) for name in presets()]
+    if args.macs:
+        rows = [{**row, **_giga_macs(row["name"])} for row in rows] + [_stable_diffusion()]
     if args.json:
         print(json.dumps(rows, indent=2))
         return 0
+    columns = ["encoder_millions", "decoder_millions"] + (["encoder_gmac", "decoder_gmac"] if args.macs else [])
     table = []
     for r in rows:
-        parameters = [f"{r[f'{half}_millions']:.2f}" for half in ("encoder", "decoder")]
-        table.append([r["name"], f"f{r['ratio']}c{r['channels']}", *parameters, r["source"], r["hub_id"] or ""])
-    print(format_table(["preset", "latents", "encoder M", "decoder M", "source", "weights"], table))
+        figures = [f"{r[column]:.2f}" for column in columns]
+        table.append([r["name"], f"f{r['ratio']}c{r['channels']}", *figures, r["source"], r["hub_id"] or ""])
+    titles = [column.replace("_millions", " M").replace("_gmac", " GMAC") for column in columns]
+    print(format_table(["preset", "latents", *titles, "source", "weights"], table))
     return 0
+
+
+def _giga_macs(name: str) -> dict[str, float]:
+    import torch
+
+    from latentae.families.presets import create
+
+    with torch.device("meta"):
+        return _count(create(name))
+
+
+def _count(autoencoder: Any) -> dict[str, float]:
+    from latentae.bench.speed import count_gmac
+    from latentae.codec import LatentCodec
+
+    gmac = count_gmac(LatentCodec(autoencoder), SIZE)
+    return {f"{half}_gmac": round(gmac[task], 2) for half, task in (("encoder", "encode"), ("decoder", "decode"))}
+
+
+def _stable_diffusion() -> dict[str, Any]:
+    """The row to compare with: diffusers' AutoencoderKL in the configuration of Stable Diffusion 1 and 2."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    from latentae.bench.speed import count_parameters
+
+    with torch.device("meta"):
+        autoencoder: Any = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+        )
+    parameters = count_parameters(autoencoder)
+    return {
+        "name": "for comparison: SD-VAE",
+        "family": "AutoencoderKL",
+        "ratio": 8,
+        "channels": 4,
+        **{f"{half}_millions": round(parameters[half] / 1e6, 2) for half in ("encoder", "decoder")},
+        **_count(autoencoder),
+        "source": "Stable Diffusion (arXiv 2112.10752)",
+        "hub_id": "stabilityai/sd-vae-ft-mse",
+    }

@@ -1,5 +1,6 @@
 """The command line as its users meet it: help at once, one-line errors, exit codes."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -106,11 +107,27 @@ def test_presets_and_info(capsys, tiny_dcae, tmp_path):
     assert "dc-ae-f128c512-mix-1.0" in capsys.readouterr().out
     tiny_dcae.save_pretrained(tmp_path)
     assert cli.main(["info", str(tmp_path), "--json"]) == 0
-    import json
-
     facts = json.loads(capsys.readouterr().out)
     assert facts["class"] == "DCAE"
     assert facts["parameters"] == sum(p.numel() for p in tiny_dcae.parameters())
+
+
+def test_presets_count_arithmetic_beside_stable_diffusions(capsys, monkeypatch, tiny_dcae):
+    from latentae.bench.speed import count_gmac
+    from latentae.codec import LatentCodec
+
+    monkeypatch.setattr("latentae.families.presets.presets", lambda: ["dc-ae-tiny"])
+    assert cli.main(["presets", "--macs", "--json"]) == 0
+    tiny, reference = json.loads(capsys.readouterr().out)
+    with_weights = count_gmac(LatentCodec(tiny_dcae), 256)
+    assert (tiny["encoder_gmac"], tiny["decoder_gmac"]) == tuple(round(g, 2) for g in with_weights.values())
+    # LiteVAE (arXiv 2405.14477) states 34.16 M parameters and 137 "GFLOPs" for this encoder
+    assert reference["encoder_millions"] == 34.16
+    assert reference["encoder_gmac"] == pytest.approx(137, rel=0.01)
+    assert cli.main(["presets", "--macs"]) == 0
+    header, *_, last = capsys.readouterr().out.splitlines()
+    assert "encoder GMAC" in header
+    assert "SD-VAE" in last
 
 
 def test_export_writes_a_stock_folder_and_does_not_overwrite(tiny_dcae, tmp_path, capsys):

@@ -1,9 +1,9 @@
 """The discrete wavelet transform of images and its inverse, in PyWavelets' conventions, differentiable.
 
 Along one axis and with filters of L taps, low[k] = Σ_j dec_lo[j] · x[2k + 1 − j], and high the same with dec_hi, where
-x goes on beyond its border as the mode says. Two axes give four bands: cA is low in both, cH high between rows, cV high
-between columns, cD high in both. Haar has a path of its own: it never looks beyond a pair, and being orthonormal it
-has its inverse as its gradient.
+x goes on beyond its border as the mode says ("periodization" has L / 2 for 1). Two axes give four bands: cA is low in
+both, cH high between rows, cV high between columns, cD high in both. Haar has a path of its own: it never looks beyond
+a pair, and being orthonormal it has its inverse as its gradient.
 """
 
 from collections.abc import Sequence
@@ -154,10 +154,7 @@ class _HaarSplit(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Bands:
         top, bottom = x[..., 0::2, :], x[..., 1::2, :]
-        low, high = (
-            (top + bottom).mul_(0.5),
-            (top - bottom).mul_(0.5),
-        )
+        low, high = (top + bottom).mul_(0.5), (top - bottom).mul_(0.5)
         l_left, l_right, h_left, h_right = low[..., 0::2], low[..., 1::2], high[..., 0::2], high[..., 1::2]
         return l_left + l_right, h_left + h_right, l_left - l_right, h_left - h_right
 

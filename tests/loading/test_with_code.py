@@ -17,7 +17,8 @@ from latentae.loading import export, export_with_code, flattening, load
 from latentae.loading.export import STOCK_CLASS
 from latentae.loading.flattening import flatten
 
-TINY = [name for name in PRESETS if PRESETS[name].is_tiny]
+TINY = [(name, {}) for name in PRESETS if PRESETS[name].is_tiny]
+TINY += [("litevae-tiny", {"decoder_norm": "self_modulated", "wavelet": "db2"})]  # folded, and taps of PyWavelets
 FAMILIES = sorted({preset.family for preset in PRESETS.values()})
 
 # Runs without the package: its name is blocked, and -I keeps this folder and the environment's paths out.
@@ -43,11 +44,12 @@ print(type(autoencoder).__module__, len([name for name in sys.modules if name.sp
 """
 
 
-@pytest.mark.parametrize("name", TINY)
-def test_opens_where_latentae_is_not_and_computes_the_same(name, randomise, tmp_path, monkeypatch):
-    autoencoder = randomise(latentae.create(name))
+@pytest.mark.parametrize(("name", "options"), TINY)
+def test_opens_where_latentae_is_not_and_computes_the_same(name, options, randomise, tmp_path, monkeypatch):
+    autoencoder = randomise(latentae.create(name, **options))
     folder = tmp_path / "exported"
     code = export_with_code(autoencoder, folder)
+    autoencoder = autoencoder.folded()
     assert code.name == f"modeling_{type(autoencoder).__name__.lower()}.py"
 
     threads = torch.get_num_threads()

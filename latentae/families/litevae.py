@@ -55,9 +55,7 @@ class ResBlock(nn.Module):
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
         self.shortcut = nn.Identity() if channels_in == channels_out else nn.Conv2d(channels_in, channels_out, 1)
 
-    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        if skip is not None:
-            x = torch.cat([x, skip], dim=1)
+    def forward(self, x: Tensor) -> Tensor:
         y = self.conv1(self.norm1(x))
         y = self.conv2(self.dropout(self.norm2(y)))
         return y.add_(self.shortcut(x))
@@ -94,13 +92,14 @@ class UNet(nn.Module):
         for block in self.mid_blocks:
             x = self._run(block, x)
         for block in self.up_blocks:
-            x = self._run(block, x, skips.pop())
+            x = torch.cat([x, skips.pop()], dim=1)  # here, where nothing else holds the two: the block is at its widest
+            x = self._run(block, x)
         return self.conv_out(x)
 
-    def _run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
+    def _run(self, block: nn.Module, x: Tensor) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return self._gradient_checkpointing_func(block, *inputs)
-        return block(*inputs)
+            return self._gradient_checkpointing_func(block, x)
+        return block(x)
 
 
 class Encoder(nn.Module):
@@ -121,7 +120,8 @@ class Encoder(nn.Module):
         low = widen(pixels)
         for level in range(1, len(self.extractors) + 1):
             low, *details = dwt2(low, self.wavelet, WAVELET_MODE)
-            yield torch.cat([low, *details], dim=1).mul_(self.band_scale**level).to(pixels.dtype)
+            bands = torch.cat([low, *details], dim=1).mul_(self.band_scale**level).to(pixels.dtype)
+            yield bands.contiguous(memory_format=torch.channels_last)  # in which convolutions on CPUs are faster
 
     def forward(self, pixels: Tensor) -> Tensor:
         deepest = len(self.extractors) - 1
@@ -129,7 +129,7 @@ class Encoder(nn.Module):
             F.avg_pool2d(extract(bands), 2 ** (deepest - i))
             for i, (extract, bands) in enumerate(zip(self.extractors, self.bands(pixels)))
         ]
-        return self.aggregator(torch.cat(features, dim=1))
+        return self.aggregator(torch.cat(features, dim=1)).contiguous()
 
 
 class SelfModulatedConv2d(nn.Conv2d):

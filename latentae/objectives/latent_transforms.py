@@ -46,8 +46,8 @@ class Equivariance(LatentTransform):
     Paper and code differ: the paper scales bicubically, the code bilinearly without antialiasing, which leaves 0.50 of
     the standard deviation of white noise at a half and at a quarter of the size, where antialiasing leaves 0.40 and
     0.20. Only the code has low-resolution steps, an eighth of all, and its ``p_prior`` is the share of EQ steps. The
-    explicit loss ‖τE(x) - E(τx)‖² has no
-    option here: the paper shows that it collapses (its table 7: rFID from 0.90 to 117.9, with stopped gradient 109.3).
+    explicit loss ‖τE(x) - E(τx)‖² has no option here: the paper shows that it collapses (its table 7: rFID from 0.90 to
+    117.9, with stopped gradient 109.3).
 
     Args:
         eq_prob: share of the steps that transform latents and target.

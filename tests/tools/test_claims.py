@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderDC
 from scipy.stats import ttest_rel
 from sklearn.decomposition import PCA
 from torch import nn
@@ -23,7 +24,9 @@ def claims(tool, monkeypatch):
     for name in [name for name in sys.modules if name == "claims" or name.startswith("claims.")]:
         monkeypatch.delitem(sys.modules, name)
     import claims.dcae
+    import claims.eqvae
     import claims.frame
+    import claims.litevae
     import claims.pictures
 
     return claims
@@ -169,16 +172,80 @@ def test_splitting_the_f8_model_changes_nothing(claims, randomise):
     torch.testing.assert_close(claims.dcae.pixels_of(f8, x), f8.decode(z).sample)
 
 
+def test_the_null_of_litevae_holds_what_haar_holds(claims):
+    """At every level the null's 12 channels are an orthogonal map, block by block, of LiteVAE's bands."""
+    torch.manual_seed(0)
+    pixels = torch.rand(1, 3, 64, 64, dtype=torch.float64)
+    haar = claims.litevae.litevae_encoder(claims.litevae.Encoder)
+    null = claims.litevae.litevae_encoder(claims.litevae.UnshuffleEncoder)
+    for level, (a, b) in enumerate(zip(haar.bands(pixels), null.bands(pixels), strict=True), 1):
+        assert a.shape == b.shape == (1, 12, 64 >> level, 64 >> level)
+        a, b = (bands.flatten(2)[0] for bands in (a, b))  # (12, positions)
+        mixing = b @ torch.linalg.pinv(a)
+        torch.testing.assert_close(mixing @ a, b)
+        torch.testing.assert_close(mixing @ mixing.T, 4 * torch.eye(12, dtype=torch.float64))
+
+
+def test_the_encoders_of_litevae_cost_what_their_names_say(claims):
+    costs = {name: claims.litevae.cost(claims.litevae.build_encoder(name), 64) for name in NAMES_OF_LITEVAE}
+    whole, parameters, macs, lite, null = costs.values()
+    assert parameters["millions"] == pytest.approx(lite["millions"], rel=0.03)
+    assert macs["giga_macs"] == pytest.approx(lite["giga_macs"], rel=0.03)
+    assert null["millions"] == lite["millions"]
+    assert whole["millions"] / lite["millions"] == pytest.approx(34.16 / 6.75, rel=0.05)
+    assert whole["giga_macs"] / lite["giga_macs"] == pytest.approx(136.36 / 37.84, rel=0.05)
+
+
+NAMES_OF_LITEVAE = (
+    "SD-VAE encoder",
+    "SD-VAE, LiteVAE's parameters",
+    "SD-VAE, LiteVAE's MACs",
+    "LiteVAE",
+    "LiteVAE, unshuffle for Haar",
+)
+
+
+def test_a_loss_that_is_allowed_is_judged_by_the_whole_interval(claims):
+    def outcome(name, finals):
+        runs = [claims.frame.Run(seed, 1e-3, [0], [0.0], [{"psnr": value}]) for seed, value in enumerate(finals)]
+        return claims.frame.Outcome(name, 1, {1e-3: 0.0}, runs)
+
+    threshold = claims.frame.Threshold("a loses little", "psnr", "a", "b", least=-0.3)
+    b = outcome("b", [20.0, 20.0, 20.0])
+    assert threshold.judge([outcome("a", [19.9, 19.92, 19.88]), b])["shown"]
+    assert not threshold.judge([outcome("a", [20.3, 19.5, 19.9]), b])["shown"], "the mean is -0.1, the interval wide"
+
+
+def test_drops_of_eqvae_are_shares_of_the_plain_error(claims):
+    def outcome(rotation, scale, psnr):
+        values = {"rotation_error": rotation, "scale_error": scale, "psnr": psnr}
+        values |= {f"{name}_standardised": values[name] / 2 for name in ("rotation_error", "scale_error")}
+        return claims.frame.Outcome(
+            "x", 1, {1e-3: 0.0}, [claims.frame.Run(s, 1e-3, [0], [0.0], [values]) for s in (0, 1)]
+        )
+
+    changes = claims.eqvae.changes_of(outcome(0.3, 0.4, 25.0), outcome(0.6, 0.5, 25.2))
+    assert changes["rotation_error_drop"] == pytest.approx(0.5)
+    assert changes["scale_error_drop_standardised"] == pytest.approx(0.2)
+    assert changes["psnr_change"] == pytest.approx(-0.2)
+    assert [verdict["shown"] for verdict in claims.eqvae.thresholds(changes)] == [True, False, True]
+
+
 @pytest.mark.slow
-def test_the_command_from_end_to_end(tool, tmp_path):
+@pytest.mark.parametrize(("name", "arms"), [("dcae", 3), ("litevae", 5), ("eqvae", 3)])
+def test_the_command_from_end_to_end(name, arms, tool, tmp_path):
     script = tool("claims").__file__
-    options = ["--quick", "--threads", "1", "--json", str(tmp_path / "new" / "dcae.json")]
-    done = subprocess.run([sys.executable, script, "dcae", *options], check=True, capture_output=True, text=True)
-    assert done.stdout.splitlines()[-1].startswith("dcae: ")
-    result = json.loads((tmp_path / "new" / "dcae.json").read_text())["dcae"]
-    assert len(result["arms"]) == 3
+    options = ["--quick", "--threads", "1", "--json", str(tmp_path / "new" / f"{name}.json")]
+    done = subprocess.run([sys.executable, script, name, *options], check=True, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1].startswith(f"{name}: ")
+    result = json.loads((tmp_path / "new" / f"{name}.json").read_text())[name]
+    assert len(result["arms"]) == arms
     assert all(len(arm["final"]["psnr"]) == 3 for arm in result["arms"].values())
-    assert {"PCA f64c128", "block mean f64 (3 floats)"} < set(result["references"])
-    assert (tmp_path / "new" / "dcae.png").stat().st_size > 10_000
-    refused = subprocess.run([sys.executable, script, "dcae", "--tier", "gpu"], capture_output=True, text=True)
+    assert any(reference.startswith("block mean f8") for reference in result["references"])
+    assert (tmp_path / "new" / f"{name}.png").stat().st_size > 10_000
+    if name == "eqvae":
+        assert {"rotation_error_drop", "scale_error_drop", "psnr_change"} < set(result)
+        model = AutoencoderDC.from_pretrained(tmp_path / "new" / "eqvae-models" / "eq-seed2")
+        assert model.config.latent_channels == 16
+    refused = subprocess.run([sys.executable, script, name, "--tier", "gpu"], capture_output=True, text=True)
     assert refused.returncode == 2

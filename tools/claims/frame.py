@@ -50,11 +50,13 @@ class Arm:
     Attributes:
         build: the module to train, from a seed; arms of one seed should start as equal as they can.
         loss: of a module at a step, on the data that all arms of a seed share: ``loss(module, seed, step)``.
+        keep: what becomes of the module of a reported run, ``keep(module, seed)``; nothing by default.
     """
 
     name: str
     build: Callable[[int], nn.Module]
     loss: Callable[[nn.Module, int, int], Tensor]
+    keep: Callable[[nn.Module, int], None] = lambda module, seed: None
 
 
 @dataclass
@@ -79,7 +81,9 @@ class Run:
 Evaluate = Callable[[nn.Module], dict[str, float]]  # higher is better for every value
 
 
-def train(arm: Arm, seed: int, learning_rate: float, steps: int, evaluate: Evaluate, evaluations: int) -> Run:
+def train(
+    arm: Arm, seed: int, learning_rate: float, steps: int, evaluate: Evaluate, evaluations: int, reported: bool = False
+) -> Run:
     """Train one arm once; a loss that is not finite ends the run as diverged."""
     torch.manual_seed(seed)
     module = arm.build(seed)
@@ -110,6 +114,8 @@ def train(arm: Arm, seed: int, learning_rate: float, steps: int, evaluate: Evalu
         if not loss.isfinite():
             run.diverged = True
             break
+    if reported and not run.diverged:
+        arm.keep(module.eval(), seed)
     return run
 
 
@@ -163,7 +169,7 @@ def run_arms(arms: Sequence[Arm], plan: Plan, tune: Evaluate, test: Evaluate, me
             best = best_rate(search)
             runs = []
             for seed in plan.seeds:
-                runs.append(train(arm, seed, best, plan.steps, test, plan.evaluations))
+                runs.append(train(arm, seed, best, plan.steps, test, plan.evaluations, reported=True))
                 progress.advance()
             parameters = sum(p.numel() for p in arm.build(0).parameters() if p.requires_grad)
             outcomes.append(Outcome(arm.name, parameters, search, runs))
@@ -213,7 +219,13 @@ class Threshold:
         by_name = {outcome.name: outcome.finals(self.metric) for outcome in outcomes}
         difference = paired_difference(by_name[self.better], by_name[self.worse])
         shown = difference is not None and difference.mean >= self.least and difference.low > min(self.least, 0)
-        return {**asdict(self), "difference": asdict(difference) if difference else None, "shown": shown}
+        found = "a run diverged"
+        if difference:
+            found = (
+                f"{difference.mean:+.2f} dB [{difference.low:+.2f}, {difference.high:+.2f}], wanted {self.least:+.2f}"
+            )
+        as_json = asdict(difference) if difference else None
+        return {**asdict(self), "difference": as_json, "found": found, "shown": shown}
 
 
 def draw_curves(

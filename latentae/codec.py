@@ -4,9 +4,9 @@ The classes differ in the field that ``encode`` fills, in normalisation, in 4 or
 take. The codec hides that, so that benchmarks, stores and pipelines speak to one thing.
 """
 
+import dataclasses
 import inspect
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,18 +18,20 @@ from latentae.errors import RequestError
 from latentae.nn.pixels import pad_to_multiple, to_float
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Latents:
     """Normalised latents together with the size of what they encode.
 
     ``tensor`` is (B, C, h, w), or (B, C, t, h, w) from a video autoencoder; ``height`` and ``width`` are those of the
-    pixels before padding; ``frames`` is None for images.
+    pixels before padding; ``frames`` is None for images; ``posterior`` is the distribution of the raw latents, where
+    they come from an encoder.
     """
 
     tensor: Tensor
     height: int
     width: int
     frames: int | None = None
+    posterior: Any = dataclasses.field(default=None, repr=False, compare=False)
 
 
 def spatial_ratio(autoencoder: Any) -> int:
@@ -209,7 +211,7 @@ class LatentCodec:
         pixels = to_float(pixels) if pixels.dtype == torch.uint8 else pixels
         posterior = self.posterior(self._pad(pixels))
         z = posterior.sample(generator) if sample else posterior.mode()
-        return Latents(self.normalise(z), height, width, frames)
+        return Latents(self.normalise(z), height, width, frames, posterior)
 
     @torch.no_grad()
     def decode(self, latents: Latents | Tensor, *, generator: torch.Generator | None = None) -> Tensor:

@@ -33,9 +33,10 @@ PROTOCOL_LABELS = {"images_sha256": "hash of the images", "dtype": "precision", 
 
 @dataclass(frozen=True)
 class Section:
-    """A part that a caller adds to the report: a title, then whichever of text, table and images it has.
+    """A part that a caller adds to the report: a title, then whichever of text, table, drawing and images it has.
 
-    ``rows`` are table rows with ``header`` above them; ``images`` are pairs of a caption and a uint8 array (H, W, 3).
+    ``rows`` are table rows with ``header`` above them; ``images`` are pairs of a caption and a uint8 array (H, W, 3);
+    ``drawing`` is SVG, put in as it is: whoever draws it escapes names.
     """
 
     title: str
@@ -43,6 +44,7 @@ class Section:
     header: Sequence[str] = ()
     rows: Sequence[Sequence[object]] = ()
     images: Sequence[tuple[str, np.ndarray]] = field(default=(), repr=False)
+    drawing: str = field(default="", repr=False)
 
 
 def write_report(results: dict[str, Any], path: str | Path, extra_sections: Sequence[Section] = ()) -> Path:

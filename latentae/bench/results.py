@@ -1,5 +1,6 @@
 """``results.json``: written whole or not at all, read back, and summed up as a plain table."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,35 @@ def cost_conditions(results: dict[str, Any]) -> str:
     )
 
 
+DIAGNOSTICS_HEADER = (
+    "model",
+    "energy from half Nyquist on",
+    "effective rank",
+    "intrinsic dimension",
+    "KL, nats / element",
+)
+
+
+def diagnostics_rows(models: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """What the latents of every model are like: the columns of `DIAGNOSTICS_HEADER`."""
+    rows = []
+    for model in models:
+        latents = model["latents"]
+        share = (latents.get("spectrum") or {}).get("high_frequency_share")
+        rank, kl = latents.get("effective_rank"), (latents.get("kl") or {}).get("kl")
+        dimension = latents.get("intrinsic_dimension") or {}
+        rows.append(
+            [
+                model["name"],
+                "–" if share is None else f"{share:.1%}",
+                "–" if rank is None else f"{rank:.1f} of {model['latent_channels']}",
+                "–" if dimension.get("two_nn") is None else f"{dimension['two_nn']:.1f} ({dimension['points']} images)",
+                "–" if kl is None else f"{kl:.3g}",
+            ]
+        )
+    return rows
+
+
 def summarise(results: dict[str, Any]) -> str:
     """The table for the terminal with the protocol at its foot."""
     metrics = measured_metrics(results)
@@ -114,4 +144,5 @@ def summarise(results: dict[str, Any]) -> str:
     foot += [f"  {name}: {protocol[name]}" for name in shown if name != "size"]
     foot += ["versions: " + ", ".join(f"{name} {version}" for name, version in versions.items() if version)]
     cost = [format_table(list(COST_HEADER), cost_rows(results)), cost_conditions(results)]
-    return "\n".join([format_table(header, rows), "", *cost, "", *foot])
+    latents = format_table(list(DIAGNOSTICS_HEADER), diagnostics_rows(results["models"]))
+    return "\n".join([format_table(header, rows), "", *cost, "", latents, "", *foot])

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from latentae.bench.contestants import Model, describe, open_contestants
+from latentae.bench.diagnostics import LatentDiagnostics, diagnostics_section
 from latentae.bench.equivariance import LatentEquivariance, equivariance_section
 from latentae.bench.images import ImageSet
 from latentae.bench.latents import LatentStatistics
@@ -75,7 +76,7 @@ def bench(
         report_images: how many images the report shows.
         random_weights: allow presets with random weights.
         equivariance: on how many images to measure how latents follow rotations and scalings, which needs about 7
-            times the work for each; it is in ``latents``.
+            times the work for each; it is in ``latents``, with R-rFID where rFID is measured.
         baselines: rows ``{"name", "psnr"}`` for the table, see `latentae.bench.baselines`.
         extra_sections: sections for the report.
 
@@ -153,7 +154,8 @@ def bench(
     }
     if folder:
         write_results(results, folder)
-        sections = [*extra_sections, *([equivariance_section(measured)] if equivariance else [])]
+        sections = [*extra_sections, diagnostics_section(measured)]
+        sections += [equivariance_section(measured)] if equivariance else []
         write_report(results, folder / "report.html", sections)
     remedy = f"All others were measured: see {folder / 'results.json'}." if folder else "All others were measured."
     refuse_too_many_bad([error.reason for error in images.bad.values()], len(images.items), max_bad, remedy)
@@ -177,7 +179,8 @@ def _measure(
     """All figures of one model that come from the images."""
     pair_device = torch.device("cpu") if codec.device.type == "mps" else codec.device  # MPS has no float64
     measurement = Measurement(quality, first=index == 0, device=pair_device)
-    statistics, follows = LatentStatistics(), LatentEquivariance(codec, equivariance)
+    statistics, diagnostics = LatentStatistics(), LatentDiagnostics()
+    follows = LatentEquivariance(codec, equivariance, quality)
     with Progress(name, len(images.good)) as progress:
         for keys, originals in images.batches():
             latents = codec.encode(originals, sample=sample, generator=_generators(seed, keys))
@@ -187,11 +190,12 @@ def _measure(
             measurement.add(keys, reconstruction, originals.to(pair_device), finite)
             z = codec.denormalise(latents.tensor)
             statistics.add(z)
+            diagnostics.add(z, latents.posterior)
             follows.add(originals)
             samples.save(index, keys, originals, reconstruction, z)
             progress.advance(len(keys))
-    diagnostics = statistics.results() | (follows.results() if equivariance else {})
-    return {**measurement.results(), "latents": diagnostics}
+    figures = statistics.results() | diagnostics.results() | (follows.results() if equivariance else {})
+    return {**measurement.results(), "latents": figures}
 
 
 def _generators(seed: int, keys: list[str]) -> Any:

@@ -2,7 +2,8 @@
 
 Every image is cropped to a square, sent through each model and back, rounded to bytes and compared with itself: PSNR
 and SSIM always, LPIPS and rFID where their weight files are on this machine (they are never downloaded; a line says
-which file is missing and how to get it). Speed, memory, parameters and statistics of the latents stand beside them.
+which file is missing and how to get it). Speed, memory and parameters stand beside them, and what the latents are like:
+their spectrum, effective rank, intrinsic dimension and KL divergence from N(0, 1).
 
   latentae bench photos/ --model runs/my-run --model stabilityai/sd-vae-ft-mse --out report/
   latentae bench photos/ --model before=runs/a --model after=runs/b --size 512 --limit 100
@@ -41,7 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="on the first N images, also measure how latents follow rotations and scalings (default: 0)",
+        help="on the first N images, also measure how latents follow rotations and scalings: EQ-VAE's error, PSNR, and "
+        "R-rFID where rFID is measured (default: 0)",
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: a GPU if there is one)")
     parser.add_argument(

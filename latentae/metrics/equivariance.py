@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from latentae.errors import RequestError
+from latentae.metrics.frechet import FrechetDistance
 from latentae.metrics.image import PSNR, ExactSums
 from latentae.nn.equivariance import Interpolation, Size, ratio_of, transform
 from latentae.nn.pixels import to_uint8
@@ -90,6 +91,8 @@ class EquivarianceMeasurement:
         decode: the inverse, about [-1, 1].
         channels: of the latents.
         interpolation: of images and latents alike; the paper says bicubic.
+        frechet: to measure by its network, and by fresh sums, the distance of D(τE(x)) from τ(x) under each transform,
+            which is R-rFID if it is a `FrechetInceptionDistance`; 64 MiB for each of the six.
     """
 
     def __init__(
@@ -98,10 +101,15 @@ class EquivarianceMeasurement:
         decode: Callable[[Tensor], Tensor],
         channels: int,
         interpolation: Interpolation = "bicubic",
+        frechet: FrechetDistance | None = None,
     ):
         self.encode, self.decode, self.interpolation = encode, decode, interpolation
         self.errors = {kind: EquivarianceError(channels) for kind in ("rotation", "scale")}
         self.decoded = {kind: PSNR() for kind in ("rotation", "scale")}
+        self.frechet: dict[str, dict[str, FrechetDistance]] = {"rotation": {}, "scale": {}}
+        if frechet:
+            self.frechet["rotation"] = {str(90 * turns): frechet.fresh() for turns in QUARTER_TURNS}
+            self.frechet["scale"] = {str(scale): frechet.fresh() for scale in SCALES}
 
     @torch.no_grad()
     def update(self, pixels: Tensor) -> None:
@@ -122,26 +130,42 @@ class EquivarianceMeasurement:
                 f"take images of at least {SMALLEST_GRID * ratio} pixels."
             )
         for turns in QUARTER_TURNS:
-            self._compare("rotation", pixels, latents, grid, turns, ratio)
+            self._compare("rotation", str(90 * turns), pixels, latents, grid, turns, ratio)
         for scale in SCALES:
             height, width = (int(side * scale + 0.5) for side in grid)
-            self._compare("scale", pixels, latents, (height, width), 0, ratio)
+            self._compare("scale", str(scale), pixels, latents, (height, width), 0, ratio)
 
-    def _compare(self, kind: str, pixels: Tensor, latents: Tensor, size: Size, turns: int, ratio: int) -> None:
+    def _compare(
+        self, kind: str, name: str, pixels: Tensor, latents: Tensor, size: Size, turns: int, ratio: int
+    ) -> None:
         whole = (size[0] * ratio, size[1] * ratio)
         moved = _moved(latents, size, turns, self.interpolation)
         wanted = _moved(pixels, whole, turns, self.interpolation)
         self.errors[kind].to(latents.device).update(latents, moved, self.encode(wanted))
-        self.decoded[kind].to(latents.device).update(to_uint8(self.decode(moved)), to_uint8(wanted))
+        reconstruction, original = to_uint8(self.decode(moved)), to_uint8(wanted)
+        self.decoded[kind].to(latents.device).update(reconstruction, original)
+        if name in self.frechet[kind]:
+            distance = self.frechet[kind][name].to(latents.device)
+            distance.update(original, original=True)
+            distance.update(reconstruction, original=False)
 
-    def results(self) -> dict[str, float]:
-        """``rotation_error``, ``scale_error``, both also with ``_standardised``, and both PSNRs in dB."""
-        figures = {}
+    def results(self) -> dict[str, Any]:
+        """``rotation_error``, ``scale_error``, both also with ``_standardised``, and both PSNRs in dB.
+
+        With a Fréchet distance also ``rotation_frechet`` (of "90", "180" and "270") and ``scale_frechet`` (of "0.25",
+        "0.5" and "0.75"), each a distance by transform.
+
+        Raises:
+            RequestError: there is a Fréchet distance and were fewer than two images.
+        """
+        figures: dict[str, Any] = {}
         for kind, metric in self.errors.items():
             values = metric.compute()
             figures[f"{kind}_error"] = float(values["error"])
             figures[f"{kind}_error_standardised"] = float(values["standardised"])
             figures[f"{kind}_psnr"] = float(self.decoded[kind].compute())
+            if self.frechet[kind]:
+                figures[f"{kind}_frechet"] = {name: float(d.compute()) for name, d in self.frechet[kind].items()}
         return figures
 
 

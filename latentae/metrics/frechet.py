@@ -61,7 +61,7 @@ class FrechetDistance(ExactSums):
     ) -> None:
         super().__init__(**arguments)
         self._network = (network.requires_grad_(False).eval(),)
-        self.keep_originals = keep_originals
+        self.dimension, self.keep_originals = dimension, keep_originals
         for side in ("original", "reconstruction"):
             self.add_state(f"count_{side}", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
             self.add_state(f"sum_{side}", torch.zeros(dimension, dtype=torch.float64), dist_reduce_fx="sum")
@@ -96,6 +96,10 @@ class FrechetDistance(ExactSums):
             )
         distance = frechet_distance(self._moments("original"), self._moments("reconstruction"))
         return torch.tensor(distance, dtype=torch.float64)
+
+    def fresh(self) -> "FrechetDistance":
+        """Another distance, still empty, by the same network."""
+        return FrechetDistance(self._network[0], self.dimension)
 
     def _moments(self, side: str) -> tuple[int, Tensor, Tensor]:
         count = int(getattr(self, f"count_{side}"))

@@ -446,6 +446,9 @@ def test_equivariance_is_that_of_the_model_and_stands_in_the_report(photo_folder
             errors.append((moved - wanted).square().sum().item() / wanted.square().sum().item())
     assert figures["rotation_error"] == pytest.approx(np.mean(errors), rel=1e-4)
     assert figures.keys() >= {"scale_error", "scale_error_standardised", "rotation_psnr"}
+    assert figures["images"] == 3
+    assert figures["rotation_rfid"] is None
+    assert "inception-2015" in figures["rfid_skipped"]
     assert "at least 4x4, got 2x2: take images of at least 128 pixels" in skipped["skipped"]
     page = (tmp_path / "out/report.html").read_text()
     assert "Equivariance of the latents" in page
@@ -453,3 +456,32 @@ def test_equivariance_is_that_of_the_model_and_stands_in_the_report(photo_folder
     assert (
         "equivariance" not in bench(photo_folder, ["dc-ae-tiny"], size=64, limit=1, speed=False)["models"][0]["latents"]
     )
+
+
+def test_r_rfid_is_measured_where_rfid_is(photo_folder, tmp_path, monkeypatch):
+    def with_tiny_features(keep_originals):
+        metric = FrechetDistance(TinyFeatures(), 4, keep_originals=keep_originals)
+        metric.weights_sha256 = "0"
+        return metric
+
+    monkeypatch.setattr(quality, "FrechetInceptionDistance", with_tiny_features)
+    autoencoder = tiny_kl().eval()
+    results = bench(photo_folder, [autoencoder], out=tmp_path / "out", size=64, equivariance=4, speed=False)
+    figures = results["models"][0]["latents"]["equivariance"]
+    theirs = TorchmetricsFID(feature=TinyFeatures().requires_grad_(False), input_img_size=(3, 64, 64))
+    for row in results["models"][0]["per_image"][:4]:
+        image = adm_center_crop(np.asarray(Image.open(photo_folder / row["key"]).convert("RGB")), 64)
+        image = torch.from_numpy(image.copy()).permute(2, 0, 1)[None]
+        theirs.update(image.rot90(1, (2, 3)), real=True)
+        with torch.no_grad():
+            z = autoencoder.encode(to_float(image)).latent_dist.mode().rot90(1, (2, 3))
+            pixels = autoencoder.decode(z).sample
+        theirs.update((pixels * 127.5 + 128).floor().clamp(0, 255).to(torch.uint8), real=False)
+    assert list(figures["rotation_rfid"]) == ["90", "180", "270"]
+    assert figures["rotation_rfid"]["90"] == pytest.approx(theirs.compute().item(), rel=1e-3)
+    assert f"{figures['rotation_rfid']['90']:.3g} / " in (tmp_path / "out/report.html").read_text()
+
+    alone = bench(photo_folder, [autoencoder], size=64, equivariance=1, speed=False)
+    assert "at least two images" in alone["models"][0]["latents"]["equivariance"]["rfid_skipped"]
+    unasked = bench(photo_folder, [autoencoder], size=64, equivariance=2, speed=False, metrics=["psnr"])
+    assert "not asked for" in unasked["models"][0]["latents"]["equivariance"]["rfid_skipped"]

@@ -3,9 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torchmetrics.image.fid import FrechetInceptionDistance as TorchmetricsFID
 
 from latentae.errors import RequestError
 from latentae.metrics.equivariance import EquivarianceError, EquivarianceMeasurement
+from latentae.metrics.frechet import FrechetDistance
 
 FIGURES = ("rotation_error", "scale_error", "rotation_error_standardised", "scale_error_standardised")
 
@@ -130,3 +133,39 @@ def test_what_has_no_grid_or_no_room_is_one_sentence():
         measure(lambda x: block_mean(x).flatten(2).unsqueeze(2))
     with pytest.raises(RequestError, match="of 4 channels got"):
         EquivarianceError(4).update(*[torch.zeros(1, 3, 4, 4)] * 3)
+
+
+class TinyFeatures(nn.Module):
+    def forward(self, images):
+        return F.adaptive_avg_pool2d(images.float() / 128 - 1, (2, 1)).flatten(1)[:, :5]
+
+
+def test_frechet_distances_are_of_each_transform_and_of_what_it_decodes_to():
+    """R-rFID, with a network that needs no weights, by torchmetrics on images made here."""
+    original = FrechetDistance(TinyFeatures(), 5, keep_originals=True)
+    torch.manual_seed(0)
+    images = torch.rand(12, 3, 64, 64, dtype=torch.float64) * torch.rand(12, 3, 1, 1) * 2 - 1
+    measured = EquivarianceMeasurement(block_mean, lambda z: 0.8 * nearest(z), 3, frechet=original)
+    for some in images.split(5):
+        measured.update(some)
+    results = measured.results()
+    assert list(results["rotation_frechet"]) == ["90", "180", "270"]
+    assert list(results["scale_frechet"]) == ["0.25", "0.5", "0.75"]
+    assert original.count_original == 0
+
+    def to_uint8(x):
+        return (x * 127.5 + 128).floor().clamp(0, 255).to(torch.uint8)
+
+    def resized(x, size):
+        return F.interpolate(x, (size, size), mode="bicubic", antialias=True)
+
+    cases = [("rotation", str(90 * k), images.rot90(k, (2, 3)), block_mean(images).rot90(k, (2, 3))) for k in (1, 2, 3)]
+    cases += [
+        ("scale", str(s), resized(images, int(64 * s)), resized(block_mean(images), int(8 * s)))
+        for s in (0.25, 0.5, 0.75)
+    ]
+    for kind, name, wanted, moved in cases:
+        theirs = TorchmetricsFID(feature=TinyFeatures(), input_img_size=(3, 8, 8)).set_dtype(torch.float64)
+        theirs.update(to_uint8(wanted), real=True)
+        theirs.update(to_uint8(0.8 * nearest(moved)), real=False)
+        assert results[f"{kind}_frechet"][name] == pytest.approx(theirs.compute().item(), rel=1e-4)

@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
 
     from latentae.errors import RequestError
     from latentae.loading import export, load_model
+    from latentae.nn.padding import padding_mode
 
     folder = Path(args.folder)
     if folder.is_dir() and any(folder.iterdir()) and not args.overwrite:
@@ -44,7 +45,9 @@ def run(args: argparse.Namespace) -> int:
         for name, (before, after) in refresh_normalisation(model, _measure(model, args)).items():
             print(f"{name}: {_brief(before)} -> {_brief(after)}")
     name = export(model, folder, with_code=args.with_code)
-    if hasattr(diffusers, name):
+    if padding_mode(model) != "zeros":
+        print(f"{folder}: latentae.load({str(folder)!r}) opens it; stock diffusers cannot know its reflect padding")
+    elif hasattr(diffusers, name):
         print(f"{folder}: diffusers.{name}.from_pretrained({str(folder)!r}) opens it")
     elif args.with_code:
         print(f"{folder}: diffusers.AutoModel.from_pretrained({str(folder)!r}, trust_remote_code=True) opens it")

@@ -52,6 +52,9 @@ class Autoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[mi
     rest), ``local_ratio`` (the scale between pixels and the features between them) and ``local_halo`` (the receptive
     radius of ``local`` in pixels, a multiple of ``local_ratio``). Families without them, whose norms or attention see
     the whole image at every depth, get overlapping tiles that are blended.
+
+    A deterministic family may set ``self.quantize``, a quantiser of `latentae.nn.quantize`: ``encode`` still gives
+    continuous latents and ``decode`` quantises what it is given, as in diffusers' ``VQModel``.
     """
 
     _supports_gradient_checkpointing = True
@@ -65,6 +68,7 @@ class Autoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[mi
     def __init__(self) -> None:
         super().__init__()
         self.register_to_config(_latentae_version=__version__)
+        self.quantize: Any = None
         self.use_slicing = False
         self.use_tiling = False
         self.tile_sample_min_height = self.tile_sample_min_width = DEFAULT_TILE
@@ -123,10 +127,13 @@ class Autoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[mi
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Take from a configuration what ``__init__`` knows: derived keys of ``config`` never reach a saved file."""
-        known = cls._init_arguments()
+        """Take from a configuration what ``__init__`` knows: derived keys of ``config`` never reach a saved file.
+
+        Keys of ours that only `latentae.load` acts upon stay, so that diffusers says that it ignores them.
+        """
+        known, ours = cls._init_arguments(), ("_", "latentae_")
         return super().extract_init_dict(
-            {key: value for key, value in config_dict.items() if key in known or key.startswith("_")}, **kwargs
+            {key: value for key, value in config_dict.items() if key in known or key.startswith(ours)}, **kwargs
         )
 
     def posterior(self, moments: Tensor) -> Any:
@@ -167,6 +174,9 @@ class Autoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[mi
             temb: ignored; some video pipelines pass a timestep in its place.
             generator, num_inference_steps: for families whose decoder samples.
 
+        Returns:
+            ``sample``, and ``commit_loss`` of a codebook.
+
         Raises:
             RequestError: the latents have another number of dimensions or channels.
         """
@@ -174,8 +184,24 @@ class Autoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[mi
             raise RequestError(
                 f"decode got latents of shape {tuple(z.shape)}; expected (B, {self.latent_channels}, h, w)."
             )
+        commit_loss = None
+        if self.quantize is not None:
+            z, commit_loss = self.quantize(z)
         pixels = self._one_by_one(self._decode, z)
-        return DecoderOutput(sample=pixels) if return_dict else (pixels,)
+        return DecoderOutput(sample=pixels, commit_loss=commit_loss) if return_dict else (pixels,)
+
+    def indices_of(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, h, w) of a discrete autoencoder to the indices (B, h, w) of their codes."""
+        return self._quantizer().indices_of(latents)
+
+    def latents_of(self, indices: Tensor) -> Tensor:
+        """Indices (B, h, w) to latents (B, C, h, w) that `decode` quantises to just these codes."""
+        return self._quantizer().latents_of(indices)
+
+    def _quantizer(self) -> Any:
+        if self.quantize is None:
+            raise RequestError(f"This {type(self).__name__} has continuous latents: it was made without a quantizer.")
+        return self.quantize
 
     def _accepts_channels(self, channels: int) -> bool:
         return channels == self.latent_channels

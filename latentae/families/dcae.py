@@ -13,13 +13,14 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import FrozenDict, register_to_config
 from torch import Tensor
 
 from latentae.errors import RequestError
 from latentae.families.base import Autoencoder
 from latentae.nn.attention import relu_linear_attention
 from latentae.nn.norms import RMSNorm2d
+from latentae.nn.quantize import make_quantizer
 from latentae.nn.resample import (
     average_groups,
     duplicate_to_pixels,
@@ -177,6 +178,8 @@ class UpsampleConv2d(nn.Conv2d):
     """Nearest upsampling by two, then the 3x3 convolution that the weights say, computed as one."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.padding_mode != "zeros":
+            return super().forward(F.interpolate(x, scale_factor=2, mode="nearest"))
         return nearest_upsample_conv3x3(x, self.weight, self.bias)
 
 
@@ -402,6 +405,8 @@ class DCAE(Autoencoder):
             the first channels of a latent stand alone (`decode` takes any prefix of them).
         decoder_conv_act_fn: activation before the last convolution.
         scaling_factor: one over the root mean square of the latents.
+        quantizer: makes the latents discrete: ``{"kind": "vq", "codes": 8192}`` or ``{"kind": "fsq", "levels": [8, 5,
+            5, 5]}``, with any argument of `VectorQuantizer` or `FSQ`; ``AutoencoderDC`` has no such thing.
     """
 
     _no_split_modules: Any = ["ResBlock", "EfficientViTBlock"]
@@ -429,8 +434,13 @@ class DCAE(Autoencoder):
         decoder_in_shortcut: bool = True,
         decoder_conv_act_fn: str = "relu",
         scaling_factor: float = 1.0,
+        quantizer: dict[str, Any] | None = None,
     ):
         super().__init__()
+        if quantizer is None:  # then the configuration is that of AutoencoderDC
+            self._internal_dict = FrozenDict({k: v for k, v in self._internal_dict.items() if k != "quantizer"})
+        else:
+            self.quantize = make_quantizer(quantizer, latent_channels)
         stages = len(encoder_block_out_channels)
         check_stages(stages, {key: value for key, value in self._internal_dict.items() if not key.startswith("_")})
         self.encoder = Encoder(
@@ -482,7 +492,8 @@ class DCAE(Autoencoder):
 
     def _accepts_channels(self, channels: int) -> bool:
         structured = not self._internal_dict["decoder_in_shortcut"]  # DC-AE 1.5: any prefix decodes
-        return channels == self.latent_channels or (structured and 0 < channels < self.latent_channels)
+        prefix = structured and self.quantize is None and 0 < channels < self.latent_channels
+        return channels == self.latent_channels or prefix
 
 
 DCAE.__module__ = "latentae"

@@ -6,6 +6,7 @@ from typing import Any
 
 from latentae.families.base import Autoencoder
 from latentae.families.presets import PRESETS
+from latentae.nn.padding import padding_mode
 from latentae.version import __version__
 
 MARK = "<!-- Written by latentae export, which writes it anew unless this line is gone. -->"
@@ -41,6 +42,9 @@ WITH_CODE = """\
 from diffusers import AutoModel
 autoencoder = AutoModel.from_pretrained("FOLDER", trust_remote_code=True)  # read {code} first
 # with latentae installed: autoencoder = latentae.load("FOLDER")"""
+WITH_PADDING = """\
+import latentae
+autoencoder = latentae.load("FOLDER")  # restores the reflect padding; stock diffusers pads with zeros: wrong borders"""
 WITH_PACKAGE = """\
 import latentae
 autoencoder = latentae.load("FOLDER")"""
@@ -59,6 +63,8 @@ def write_card(autoencoder: Any, folder: Path, opens_as: str, code: str | None) 
     ours = isinstance(autoencoder, Autoencoder)
     stock = opens_as != type(autoencoder).__name__ or not ours
     opening = STOCK if stock else WITH_CODE if code else WITH_PACKAGE
+    if padding_mode(autoencoder) != "zeros":
+        opening = WITH_PADDING
     about = _about(autoencoder) if ours else ""
     name = f"{opens_as} f{autoencoder.spatial_compression_ratio}c{autoencoder.latent_channels}" if ours else opens_as
     text = CARD.format(

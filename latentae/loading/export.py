@@ -9,10 +9,12 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from latentae.errors import RequestError
 from latentae.families.base import Autoencoder
 from latentae.files import read_json, write_json
 from latentae.loading.card import write_card
 from latentae.loading.flattening import flatten
+from latentae.nn.padding import padding_mode, set_padding_mode
 
 STOCK_CLASS = {"DCAE": "AutoencoderDC"}  # what stock diffusers calls a family of ours
 
@@ -20,15 +22,17 @@ STOCK_CLASS = {"DCAE": "AutoencoderDC"}  # what stock diffusers calls a family o
 def export(autoencoder: nn.Module, folder: str | Path, *, with_code: bool = False) -> str:
     """Save an autoencoder so that stock diffusers opens it where that is possible; returns the class it opens as.
 
-    DC-AE becomes ``AutoencoderDC``; stock classes stay what they are. A family that diffusers does not have is saved
-    under its own name, which ``latentae.load`` opens. Weights are safetensors; a model card says how to open them.
+    DC-AE becomes ``AutoencoderDC``; stock classes stay what they are. A family that diffusers does not have, and a
+    DC-AE with a quantiser, is saved under its own name, which ``latentae.load`` opens. Weights are safetensors; a
+    model card says how to open them. What pads by reflection keeps its class, but only ``latentae.load`` restores the
+    padding; stock diffusers warns that it does not know the key of the configuration.
 
     Args:
         with_code: put the code of such a family beside its weights, so that ``diffusers.AutoModel`` opens the folder
             with ``trust_remote_code=True`` where latentae is not installed.
     """
     cls = type(autoencoder).__name__
-    if isinstance(autoencoder, Autoencoder) and cls in STOCK_CLASS:
+    if isinstance(autoencoder, Autoencoder) and cls in STOCK_CLASS and _is_stock(autoencoder):
         _save(autoencoder, Path(folder), {"_class_name": STOCK_CLASS[cls]})
         write_card(autoencoder, Path(folder), STOCK_CLASS[cls], code=None)
         return STOCK_CLASS[cls]
@@ -40,6 +44,11 @@ def export(autoencoder: nn.Module, folder: str | Path, *, with_code: bool = Fals
     return cls
 
 
+def _is_stock(autoencoder: Autoencoder) -> bool:
+    """Whether diffusers' class of the same architecture computes the same."""
+    return autoencoder.quantize is None and padding_mode(autoencoder) == "zeros"
+
+
 def export_with_code(autoencoder: Autoencoder, folder: str | Path) -> Path:
     """Save one of our families with its code in one file, which ``config.json`` names; returns that file.
 
@@ -48,6 +57,10 @@ def export_with_code(autoencoder: Autoencoder, folder: str | Path) -> Path:
     package.
     """
     cls = type(autoencoder)
+    if padding_mode(autoencoder) != "zeros":
+        raise RequestError(
+            f"Reflect padding is no part of the code of {cls.__name__}: export it without code; latentae.load opens it."
+        )
     code = Path(folder, f"modeling_{cls.__name__.lower()}.py")
     _save(autoencoder, Path(folder), {"auto_map": {"AutoModel": f"{code.stem}.{cls.__name__}"}})
     code.write_text(flatten(cls), encoding="utf-8")
@@ -58,6 +71,8 @@ def export_with_code(autoencoder: Autoencoder, folder: str | Path) -> Path:
 def _save(autoencoder: nn.Module, folder: Path, changes: dict[str, Any]) -> None:
     """Write weights, in the form for use after training, and configuration, with entries of the latter changed."""
     model: Any = autoencoder.folded() if isinstance(autoencoder, Autoencoder) else autoencoder
+    if model is not autoencoder and padding_mode(autoencoder) != "zeros":
+        set_padding_mode(model, padding_mode(autoencoder))
     try:
         model.save_pretrained(folder)
     except SafetensorError as error:  # hides the operating system's error in its text

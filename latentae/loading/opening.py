@@ -2,6 +2,7 @@
 a DC-AE checkpoint in the format of its authors.
 """
 
+import logging
 import os
 import pickle
 import re
@@ -19,6 +20,7 @@ from latentae.families.presets import PRESETS, create, family_class, find_preset
 from latentae.files import read_json
 from latentae.loading.efficientvit import load_efficientvit
 from latentae.loading.export import STOCK_CLASS
+from latentae.nn.padding import PADDING_KEY, set_padding_mode
 from latentae.weights import open_state_dict
 
 CHECKPOINT_SUFFIXES = {".ckpt", ".pt", ".pth", ".bin", ".safetensors"}
@@ -97,8 +99,12 @@ def load_folder(folder: Path) -> Any:
         name = str(config["model_name"])
         return load_efficientvit(open_state_dict(folder / "model.safetensors"), name if name in PRESETS else None)
     cls = _model_class(config.get("_class_name"), folder)
+    diffusers_log = logging.getLogger("diffusers.configuration_utils")
+    level = diffusers_log.level
     try:
-        return cls.from_pretrained(folder, low_cpu_mem_usage=is_accelerate_available()).eval()
+        if PADDING_KEY in config:
+            diffusers_log.setLevel(logging.ERROR)  # it would say that it ignores the key
+        return _padded(cls.from_pretrained(folder, low_cpu_mem_usage=is_accelerate_available()).eval(), config)
     except pickle.UnpicklingError as error:
         raise RequestError(f"The weights in {folder} are a pickle that could run code, so they are refused.") from error
     except OSError as error:
@@ -107,6 +113,15 @@ def load_folder(folder: Path) -> Any:
     except (ValueError, RuntimeError, TypeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise RequestError(f"{folder} cannot be opened as {cls.__name__}: {reason}") from error
+    finally:
+        diffusers_log.setLevel(level)
+
+
+def _padded(autoencoder: Any, config: dict[str, Any]) -> Any:
+    """The autoencoder with its convolutions padding as the configuration says."""
+    if PADDING_KEY in config:
+        set_padding_mode(autoencoder, config[PADDING_KEY])
+    return autoencoder
 
 
 def _model_class(name: str | None, where: Path) -> Any:
@@ -142,7 +157,8 @@ def load_file(path: Path) -> Any:
 
 def _from_training_checkpoint(checkpoint: dict[str, Any], path: Path) -> Any:
     about = checkpoint["latentae"]
-    autoencoder = _model_class(about["class_name"], path).from_config(about["config"])
+    config = {key: value for key, value in about["config"].items() if key != PADDING_KEY}
+    autoencoder = _padded(_model_class(about["class_name"], path).from_config(config), about["config"])
     weights = checkpoint.get("latentae_ema") or {
         key.removeprefix("autoencoder."): value
         for key, value in checkpoint["state_dict"].items()

@@ -145,9 +145,11 @@ class AutoencoderModule(pl.LightningModule):
 
         step = Step(pixels, reconstruction, posterior, latents, encoded)
         loss, values = self.objective(step)
-        if decoded.get("commit_loss") is not None:  # of a VQModel, whose codebook learns from nothing else
+        if decoded.get("commit_loss") is not None:  # of a codebook, which learns from nothing else
             values["commitment"] = decoded.commit_loss.mean()
             loss = loss + values["commitment"]
+        if hasattr(self.quantizer, "usage"):
+            values |= self.quantizer.usage()
         adversary = self.adversary
         if adversary and (weight := adversary.weight_at(self.global_step)):
             values["adversarial"] = adversary.generator_loss(reconstruction)
@@ -201,8 +203,13 @@ class AutoencoderModule(pl.LightningModule):
 
     @property
     def decodes(self) -> bool:
-        """Whether anything looks at reconstructions: a term, the adversary, or the codebook of a VQModel."""
-        return bool(self.objective.needs_reconstruction or self.adversary or hasattr(self.autoencoder, "quantize"))
+        """Whether anything looks at reconstructions: a term, the adversary, or a codebook."""
+        return bool(self.objective.needs_reconstruction or self.adversary or self.quantizer is not None)
+
+    @property
+    def quantizer(self) -> Any:
+        """The quantiser of a discrete autoencoder, ours or a VQModel."""
+        return getattr(self.autoencoder, "quantize", None)
 
     def remember_buffers(self) -> None:
         """Keep what a forward pass changes (running statistics), in case the step that begins here does not count."""

@@ -15,9 +15,11 @@ from latentae.errors import RequestError
 from latentae.families.presets import create, family_class, find_preset
 from latentae.loading import load
 from latentae.loading.opening import LAST_CHECKPOINT
+from latentae.nn.padding import padding_mode, set_padding_mode
 from latentae.training.distillation import take_decoder, with_decoder_arguments
 from latentae.weights import open_state_dict
 
+OPTIONS = ("init_from", "decoder_of", "padding_mode")
 SOURCES = {"preset": "name of a preset", "pretrained": "folder or hub id to start from", "diffusers": "class"}
 
 
@@ -28,14 +30,15 @@ def build_autoencoder(description: dict[str, Any], seed: int = 0) -> nn.Module:
         description: ``{preset: NAME, **changed arguments}`` or ``{diffusers: CLASS, **arguments}`` for random weights,
             or ``{pretrained: FOLDER or hub id}``; each with ``init_from``: anything that `latentae.load` opens, of
             runs the averaged weights. A preset of LiteVAE also with ``decoder_of``: an AutoencoderKL, AutoencoderTiny
-            or LiteVAE, whose decoder and whose latents' shape and scale it then has.
+            or LiteVAE, whose decoder and whose latents' shape and scale it then has. ``padding_mode: reflect`` lets
+            every convolution reflect its borders; left out, it is that of the weights that are taken.
         seed: of random weights.
 
     Raises:
         RequestError: none or several of the three, a key that the class does not have, a decoder that it cannot have.
     """
     arguments = dict(description)
-    init_from, decoder_of = (arguments.pop(key, None) for key in ("init_from", "decoder_of"))
+    init_from, decoder_of, padding = (arguments.pop(key, None) for key in OPTIONS)
     named = [source for source in SOURCES if source in arguments]
     if len(named) != 1:
         near = [key for key in arguments if get_close_matches(key, SOURCES, n=1)]
@@ -48,7 +51,7 @@ def build_autoencoder(description: dict[str, Any], seed: int = 0) -> nn.Module:
     known = [] if make is None else [name for name in inspect.signature(make.__init__).parameters if name != "self"]
     for key in arguments:
         if key not in known:
-            near = get_close_matches(key, [*known, *SOURCES, "init_from", "decoder_of"], n=1)
+            near = get_close_matches(key, [*known, *SOURCES, *OPTIONS], n=1)
             hint = f"; did you mean {near[0]}?" if near else "."
             raise RequestError(f"model.autoencoder has no key {key!r} for {kind} {source}{hint}")
     teacher = None
@@ -67,10 +70,15 @@ def build_autoencoder(description: dict[str, Any], seed: int = 0) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             autoencoder = make(**arguments).eval()
-    if init_from is not None:
-        take_weights(autoencoder, load(init_from), str(init_from))
+    earlier = load(init_from) if init_from is not None else None
+    if earlier is not None:
+        take_weights(autoencoder, earlier, str(init_from))
     if teacher is not None:
         take_decoder(autoencoder, teacher)
+    if padding is None and any(padding_mode(model) == "reflect" for model in (earlier, teacher) if model is not None):
+        padding = "reflect"
+    if padding is not None:
+        set_padding_mode(autoencoder, padding)
     return autoencoder
 
 

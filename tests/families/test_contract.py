@@ -43,10 +43,21 @@ def shrink_litevae(config):
 SHRINK = {"DCAE": shrink_dcae, "LiteVAE": shrink_litevae}
 
 
-@pytest.fixture(scope="module", params=list(PRESETS))
+VQ = {"quantizer": {"kind": "vq", "codes": 64}}
+FSQ = {"quantizer": {"kind": "fsq", "levels": [8, 5]}, "latent_channels": 2}
+VARIANTS = [*[(name, {}) for name in PRESETS], ("dc-ae-tiny", VQ), ("dc-ae-tiny", FSQ)]
+
+
+def name_of(variant):
+    name, options = variant
+    return "-".join([name, *([options["quantizer"]["kind"]] if options else [])])
+
+
+@pytest.fixture(scope="module", params=VARIANTS, ids=name_of)
 def autoencoder(request, randomise):
-    preset = find_preset(request.param)
-    return randomise(create(request.param, **SHRINK[preset.family](preset.config)))
+    name, options = request.param
+    preset = find_preset(name)
+    return randomise(create(name, **{**SHRINK[preset.family](preset.config), **options}))
 
 
 @pytest.fixture
@@ -268,11 +279,30 @@ def test_runs_as_the_vae_of_a_stable_diffusion_pipeline(autoencoder, tmp_path):
     assert not isinstance(pipeline.vae, AutoencoderKL)
 
 
+def test_indices_of_discrete_latents_there_and_back(autoencoder, pixels):
+    if autoencoder.quantize is None:
+        with pytest.raises(RequestError, match="continuous latents"):
+            autoencoder.indices_of(torch.zeros(1, autoencoder.latent_channels, 1, 1))
+        return
+    with torch.no_grad():
+        z = autoencoder.encode(pixels).latent
+        indices = autoencoder.indices_of(z)
+        assert indices.shape == (len(z), *z.shape[2:])
+        assert indices.unique().numel() > 1
+        again = autoencoder.latents_of(indices)
+        assert again.shape == z.shape
+        assert torch.equal(autoencoder.indices_of(again), indices)
+        torch.testing.assert_close(autoencoder.decode(again).sample, autoencoder.decode(z).sample)
+
+
 def test_double_precision_stays_double(autoencoder, pixels):
     double = type(autoencoder).from_config(autoencoder.config).eval().double()
     double.load_state_dict(autoencoder.state_dict())
     with torch.no_grad():
         actual, expected = double(pixels.double()).sample, autoencoder(pixels).sample
         nudged = double(pixels.double() + 1e-12).sample
-    torch.testing.assert_close(actual.float(), expected, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(actual.float(), expected, atol=1e-4, rtol=1e-3)
+        if autoencoder.quantize is not None:  # whose codes no nudge changes
+            assert torch.equal(actual, nudged)
+            actual, nudged = (double.encode(pixels.double() + nudge).latent for nudge in (0, 1e-12))
     assert 0 < (nudged - actual).abs().max() < 1e-9  # fp32 inside would round the nudge away or blow it up to 1e-7

@@ -18,6 +18,8 @@ from latentae.loading.export import STOCK_CLASS
 from latentae.loading.flattening import flatten
 
 TINY = [(name, {}) for name in PRESETS if PRESETS[name].is_tiny]
+TINY += [("dc-ae-tiny", {"quantizer": {"kind": "vq", "codes": 64}})]
+TINY += [("dc-ae-tiny", {"quantizer": {"kind": "fsq", "levels": [5, 4, 3, 3, 3, 3, 3, 3]}})]
 TINY += [("litevae-tiny", {"decoder_norm": "self_modulated", "wavelet": "db2"})]  # folded, and taps of PyWavelets
 FAMILIES = sorted({preset.family for preset in PRESETS.values()})
 

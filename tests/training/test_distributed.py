@@ -27,6 +27,7 @@ CASES = {
     "kl": ("64-true", 1e-10),
     "prefix": ("64-true", 1e-10),
     "equivariance": ("64-true", 1e-10),
+    "codebook": ("64-true", 1e-10),
     "float32": ("32-true", 1e-5),
 }
 
@@ -40,6 +41,9 @@ def build(name, runs):
     if name == "prefix":
         structured = latentae.create("dc-ae-tiny", decoder_in_shortcut=False, encoder_out_shortcut=False)
         return runs.make_module(autoencoder=structured, latent_transforms=[ChannelPrefix([2, 4, 8], always_full=True)])
+    if name == "codebook":  # more codes than latents, so that codes are placed and revived in every step
+        discrete = latentae.create("dc-ae-tiny", quantizer={"kind": "vq", "codes": 100, "decay": 0.8})
+        return runs.make_module(autoencoder=discrete, latent_transforms=[Equivariance(0.6)])
     if name == "equivariance":
         transforms = [Equivariance(0.6, 0.3, scales=(0.5, 1.0)), LatentNoise(0.3, "interpolated", prob=0.5)]
         return runs.make_module(runs.make_adversary(lecam=0.01), latent_transforms=transforms)

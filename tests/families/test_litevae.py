@@ -242,6 +242,24 @@ def test_variants_take_the_contract_too(randomise, tmp_path):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("change", [{}, {"decoder_norm": "self_modulated"}, {"use_post_quant_conv": True}])
+def test_weights_that_come_and_go_with_hooks(change, randomise):
+    """Offloading and layerwise casting hook the leaves: every weight must be used by the module that owns it."""
+    from accelerate import cpu_offload
+
+    config = {**TINY, **change}
+    autoencoder = randomise(LiteVAE(**config)).eval()
+    pixels = torch.rand(1, 3, 32, 32)
+    with torch.no_grad():
+        expected = autoencoder(pixels).sample
+        cast = LiteVAE(**config).eval()
+        cast.load_state_dict(autoencoder.state_dict())
+        cast.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+        assert (cast(pixels).sample - expected).abs().mean() < 0.05 * expected.abs().max()
+        cpu_offload(autoencoder, "cpu")
+        torch.testing.assert_close(autoencoder(pixels).sample, expected)
+
+
 def test_posterior_and_normalisation(tmp_path):
     autoencoder = create("litevae-tiny")
     pixels = torch.rand(2, 3, 16, 16)

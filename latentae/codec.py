@@ -15,6 +15,7 @@ from diffusers.models.autoencoders.vae import IdentityDistribution
 from torch import Tensor, nn
 
 from latentae.errors import RequestError
+from latentae.nn.padding import padding_mode
 from latentae.nn.pixels import pad_to_multiple, to_float
 
 
@@ -205,6 +206,11 @@ class LatentCodec:
         if pixels.ndim not in ((4, 5) if self.is_video else (4,)) or pixels.shape[1] != 3 or 0 in pixels.shape:
             shapes = "(B, 3, H, W)" + (" or (B, 3, T, H, W)" if self.is_video else "")
             raise RequestError(f"encode got pixels of shape {tuple(pixels.shape)}; expected {shapes}.")
+        if padding_mode(self.autoencoder) == "reflect" and min(pixels.shape[-2:]) <= self.spatial_ratio:
+            raise RequestError(
+                f"Reflect padding needs images of more than {self.spatial_ratio} pixels a side, not "
+                f"{pixels.shape[-2]} x {pixels.shape[-1]}: leave these out, or enlarge them."
+            )
         frames = pixels.shape[2] if pixels.ndim == 5 else None
         height, width = pixels.shape[-2:]
         pixels = pixels.to(self.device)

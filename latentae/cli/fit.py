@@ -33,6 +33,7 @@ options of a recipe, each also a key of its YAML
   --model.autoencoder.preset NAME        what to build ('latentae presets' lists all), or .pretrained FOLDER or hub id
                                          or .diffusers CLASS, such as AutoencoderKL, with its arguments
   --model.autoencoder.init_from RUN      start from the averaged weights of an earlier stage
+  --model.autoencoder.padding_mode reflect  convolutions reflect their borders, against artefacts in corners
   --model.objective.TERM.weight W        terms by the names in the recipe; --model.objective.NAME CLASS adds one
   --model.adversary.weight W             --model.adversary.start_step N
   --model.trainable [PREFIX,...]         train these parts only, such as [decoder]

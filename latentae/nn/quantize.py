@@ -66,7 +66,8 @@ class VectorQuantizer(Quantizer):
     Args:
         channels: of the latents.
         codes: entries of the codebook.
-        codebook: ``ema``, or ``loss``: a parameter, drawn to the latents by the mean squared distance.
+        codebook: ``ema``, or ``loss``: a parameter, drawn to the latents by the mean squared distance;
+            averages of weights lag behind its revived codes.
         decay: of the running means.
         commitment: weight of the loss that draws latents to their codes, relative to that of the codebook.
         revive: revive dead codes; otherwise only those that never had a latent are placed.

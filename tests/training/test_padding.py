@@ -176,6 +176,9 @@ def test_what_cannot_be_is_one_sentence(tmp_path):
     with pytest.raises(RequestError, match="other kinds"):
         set_padding_mode(wan, "reflect")
     set_padding_mode(autoencoder, "reflect")
+    with pytest.raises(RequestError, match="more than 8 pixels a side, not 8 x 30"):
+        latentae.LatentCodec(autoencoder).encode(torch.zeros(1, 3, 8, 30))
+    assert latentae.LatentCodec(autoencoder).reconstruct(torch.zeros(1, 3, 9, 30)).shape == (1, 3, 9, 30)
     with pytest.raises(RequestError, match="no part of the code"):
         export_with_code(autoencoder, tmp_path)
     assert not any(tmp_path.iterdir())

@@ -32,7 +32,8 @@ def set_padding_mode(autoencoder: Any, mode: str) -> None:
     """Let every convolution of an image autoencoder pad by ``mode``, zeros or reflect, and note it in its config.
 
     Names of weights stay. A constant image then has constant features up to the border, in every network but those,
-    such as DC-AE's decoder, whose channels become pixels. Reflection needs features of two pixels a side, so images of two latents a side.
+    such as DC-AE's decoder, whose channels become pixels. Reflection needs features of two pixels a side, so images
+    of two latents a side.
 
     Raises:
         RequestError: no such mode, or convolutions of videos, or with weights of their own making.

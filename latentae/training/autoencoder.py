@@ -355,11 +355,10 @@ class AutoencoderModule(pl.LightningModule):
         if size % ratio:
             near = f"{size - size % ratio} or {size - size % ratio + ratio}" if size > ratio else ratio
             raise RequestError(f"data.size {size} is not a multiple of the autoencoder's {ratio}: use {near}.")
-        needs_layer = self.term_gradients_every or (self.adversary and self.adversary.adaptive)
-        if needs_layer and not any(p.requires_grad for p in self.autoencoder.decoder.parameters()):
+        if self.term_gradients_every and not any(p.requires_grad for p in self.autoencoder.decoder.parameters()):
             raise RequestError(
-                "model.term_gradients_every and model.adversary.adaptive measure at the decoder's last layer, of which "
-                "model.trainable trains nothing: leave them out."
+                "model.term_gradients_every measures at the decoder's last layer that trains, and of the decoder "
+                "model.trainable trains nothing: leave it out."
             )
         if self.compiled and self.adversary and self.adversary.r1:
             raise RequestError(

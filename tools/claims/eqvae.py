@@ -3,7 +3,7 @@
 One small autoencoder is trained, the start of all arms, which fine-tune it for equally many steps on equal pictures:
 
 - nothing: the start itself;
-- plain: on the error of the pixels;
+- plain: as the start was trained;
 - EQ: half of the steps decode a rotated and scaled latent to the rotated and scaled image, as `Equivariance` does;
 - scale only: half of the steps decode a downsampled latent (arXiv 2502.14831).
 
@@ -11,6 +11,18 @@ Errors are the paper's, ‖τE(x) - E(τx)‖² / ‖E(τx)‖² for three rotat
 channels, which a constant offset does not lower. A drop is one minus the ratio to the plain arm of the same seed; the
 paper's SD-VAE drops by 37 % and 38 %. Each arm's learning rate is the best of three by what the arm is trained for: the
 PSNR of D(E(x)), and for arms with a transform the mean of that and of D(τE(x)) against τx.
+
+The autoencoder is an f8c4 DC-AE with a posterior of fixed spread: noise on the latents, and KL to N(0, 1) beside the
+squared error. Without noise the size of a channel says nothing about what it carries: in a trial EQ took the error of
+rotations of such an f8c4 from 0.18 to 0.36 (against its start; no plain arm was run).
+
+What came of it (tools/results/eqvae.json): not shown as a whole. Against plain fine-tuning the errors of rotations fall
+by 61 % (standardised 56 %), those of scales by 25 % (15 %), and PSNR by 0.86 dB. Scale only lowers the errors of scales
+by 64 % (77 %) at the same cost, but raises those of rotations. A likely reason, not tested by an arm: four channels at
+f8 leave little room, and what holds the direction of edges, as the channel does that anticorrelates with itself under
+half a turn in the plain model of seed 1, cannot be equivariant. All three chosen rates lie at an end of their range.
+The setting was picked after a dozen trials on the held-out photos, most of the arms with seed 1, so these figures
+flatter EQ if anything.
 
 The fine-tuned models are kept as folders that `latentae.load` and `latentae bench --equivariance` open. Whether the
 latents are easier to model is the other half of the claim; it waits for the latent diffusion trainer, and these folders
@@ -35,21 +47,21 @@ from latentae.families.presets import create
 from latentae.loading import export
 from latentae.metrics.equivariance import EquivarianceMeasurement
 from latentae.nn.pixels import to_float
-from latentae.objectives.latent_transforms import Equivariance, LatentTransform, ScaleOnly
-from latentae.training.latents import draw_latents
+from latentae.objectives.latent_transforms import Equivariance, LatentNoise, LatentTransform, ScaleOnly
 
 NOTHING, PLAIN, EQ, SCALE = "nothing", "plain fine-tuning", "EQ", "scale only"
 TRANSFORMS: dict[str, type[Equivariance] | None] = {PLAIN: None, EQ: Equivariance, SCALE: ScaleOnly}
 
-# Written before the first run.
-LEAST_DROP, LARGEST_LOSS = 0.3, 0.3  # of both errors, on every seed; of PSNR in dB
+# Written before the first run; since then standardised errors must fall too, and PSNR hold on every seed.
+LEAST_DROP, LARGEST_LOSS = 0.3, 0.3  # of all errors; of PSNR in dB
 
-PRESET, FACTOR = "dc-ae-f8c16-small", 8
+PRESET, FACTOR, CHANNELS = "dc-ae-tiny", 8, 4
+POSTERIOR_STD, KL_WEIGHT = 0.3, 2e-3  # of one latent value, beside the mean squared error of a pixel value
 CROP, BATCH = 64, 8
 TEST_CROP, TEST_LEAVES = 256, 8
-START_SEED, START_STEPS, START_RATE = 50, 2000, 2e-3
-STEPS = 600
-LEARNING_RATES = (2e-4, 5e-4, 1e-3)
+START_SEED, START_STEPS, START_RATE = 50, 2500, 4e-3
+STEPS = 2000
+LEARNING_RATES = (2e-3, 4e-3, 8e-3)
 EVALUATIONS = 3
 ERRORS = ("rotation_error", "scale_error")
 
@@ -59,16 +71,18 @@ def pixels_at(seed: int, step: int, steps: int) -> Tensor:
 
 
 def loss_of(module: Any, seed: int, step: int, steps: int, transform: LatentTransform | None) -> Tensor:
-    """Squared error of the pixels after one draw of the transform, seeded by the step as in training."""
+    """ELBO of a posterior of fixed spread after one draw of the transform, all seeded by the step as in training."""
     pixels = pixels_at(seed, step, steps)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed * 2**32 + step)
         if transform:
             pixels = transform.prepare(pixels, FACTOR)
-        latents = draw_latents(module.encode(pixels).latent_dist)
+        means = module.encode(pixels).latent_dist.mode()
+        latents, pixels = LatentNoise(POSTERIOR_STD)(means, pixels)
         if transform:
             latents, pixels = transform(latents, pixels)
-    return F.mse_loss(module.decode(latents).sample, pixels)
+    kl = means.square().mean() / 2  # to N(0, 1), without the part that does not change
+    return F.mse_loss(module.decode(latents).sample, pixels) + KL_WEIGHT * kl
 
 
 def measure(module: Any, pictures: dict[str, Tensor]) -> dict[str, float]:
@@ -137,7 +151,7 @@ def run(tier: str, quick: bool, steps: int | None, figure: Path | None) -> dict[
     references = {
         NOTHING: untouched,
         "block mean f8 (3 floats)": block_mean(test, FACTOR) | block_mean_errors(test),
-        "PCA f8c16": pca(stream(plan.seeds[0], plan.steps * BATCH, CROP), test, FACTOR, start.latent_channels),
+        "PCA f8c4": pca(stream(plan.seeds[0], plan.steps * BATCH, CROP), test, FACTOR, start.latent_channels),
     }
     print_table(outcomes, references)
     if figure:
@@ -147,6 +161,9 @@ def run(tier: str, quick: bool, steps: int | None, figure: Path | None) -> dict[
         "claim": "Fine-tuning with EQ makes latents equivariant at little cost (EQ-VAE, arXiv 2502.09509).",
         "setting": {
             "preset": PRESET,
+            "latent_channels": CHANNELS,
+            "posterior_std": POSTERIOR_STD,
+            "kl_weight": KL_WEIGHT,
             "start_steps": start_steps,
             "steps": plan.steps,
             "search_steps": plan.search_steps,
@@ -154,7 +171,7 @@ def run(tier: str, quick: bool, steps: int | None, figure: Path | None) -> dict[
             "seeds": plan.seeds,
             "crop": CROP,
             "batch": BATCH,
-            "loss": "mean squared error of pixels",
+            "loss": "mean squared error of pixels, plus KL of a posterior of fixed spread",
             "test_pictures": {kind: list(images.shape) for kind, images in test.items()},
         },
         **changes[EQ],
@@ -173,7 +190,12 @@ def train_start(steps: int) -> Any:
         return loss_of(module, seed, step, steps, None)
 
     kept: list[nn.Module] = []
-    start = Arm("start", lambda seed: create(PRESET, seed=seed).train(), loss, lambda module, seed: kept.append(module))
+    start = Arm(
+        "start",
+        lambda seed: create(PRESET, seed=seed, latent_channels=CHANNELS).train(),
+        loss,
+        lambda module, seed: kept.append(module),
+    )
     train(start, START_SEED, START_RATE, steps, lambda module: {}, evaluations=1, reported=True)
     stream.cache_clear()
     return kept[0]
@@ -186,22 +208,25 @@ def changes_of(outcome: Outcome, plain: Outcome) -> dict[str, Any]:
         drops = [1 - a / b for a, b in zip(outcome.finals(error), plain.finals(error), strict=True)]
         name = error.replace("_error", "_error_drop")
         changes |= {name: statistics.fmean(drops), f"{name}_by_seed": drops}
+    by_seed = [a - b for a, b in zip(outcome.finals("psnr"), plain.finals("psnr"), strict=True)]
     difference = paired_difference(outcome.finals("psnr"), plain.finals("psnr"))
     return changes | {
         "psnr_change": outcome.mean("psnr") - plain.mean("psnr"),
+        "psnr_change_by_seed": by_seed,
         "psnr_difference": asdict(difference) if difference else None,
     }
 
 
 def thresholds(changes: dict[str, Any]) -> list[dict[str, Any]]:
     verdicts = []
-    for kind in ("rotation", "scale"):
-        drops = changes[f"{kind}_error_drop_by_seed"]
-        found = f"{100 * min(drops):.0f} to {100 * max(drops):.0f} %, wanted {100 * LEAST_DROP:.0f} % on every seed"
-        sentence = f"EQ lowers the error of {kind}s against plain fine-tuning"
-        verdicts.append({"sentence": sentence, "found": found, "shown": min(drops) >= LEAST_DROP})
-    change = changes["psnr_change"]
-    found = f"{change:+.2f} dB, wanted {-LARGEST_LOSS:+.2f} at worst"
+    for suffix, name in (("", "error"), ("_standardised", "standardised error")):
+        for kind in ("rotation", "scale"):
+            drops = changes[f"{kind}_error_drop{suffix}_by_seed"]
+            found = f"{100 * min(drops):.0f} to {100 * max(drops):.0f} %, wanted {100 * LEAST_DROP:.0f} % on every seed"
+            sentence = f"EQ lowers the {name} of {kind}s against plain fine-tuning"
+            verdicts.append({"sentence": sentence, "found": found, "shown": min(drops) >= LEAST_DROP})
+    change = min(changes["psnr_change_by_seed"])
+    found = f"{changes['psnr_change']:+.2f} dB, at worst {change:+.2f}, allowed {-LARGEST_LOSS:+.2f} on every seed"
     verdicts.append({"sentence": "PSNR stays", "found": found, "shown": change >= -LARGEST_LOSS})
     return verdicts
 

@@ -7,7 +7,7 @@ packages along; it is what the tests compare with instead.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -47,6 +47,22 @@ class Quantizer(nn.Module):
         share = self.share / self.share.sum().clamp_min(1e-12)
         entropy = -(share * share.clamp_min(1e-12).log()).sum()
         return {"codes_used": (share >= DEAD / self.codes).float().mean(), "perplexity": entropy.exp()}
+
+    def check_indices(self, indices: Tensor) -> None:
+        """Refuse what is no image of indices: a token model may have tokens that are no codes.
+
+        Raises:
+            RequestError: another shape or type, or a number that is no code's.
+        """
+        if indices.ndim != 3 or indices.is_floating_point() or indices.dtype == torch.bool:
+            raise RequestError(
+                f"latents_of got {indices.dtype} of shape {tuple(indices.shape)}; expected whole numbers (B, h, w)."
+            )
+        if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < self.codes:
+            raise RequestError(
+                f"latents_of got indices from {int(indices.min())} to {int(indices.max())}; there are {self.codes} "
+                "codes, counted from 0."
+            )
 
     def count(self, indices: Tensor) -> Tensor:
         """How often each code occurs on all ranks; moves `share`."""
@@ -125,6 +141,7 @@ class VectorQuantizer(Quantizer):
 
     def latents_of(self, indices: Tensor) -> Tensor:
         """Indices (B, h, w) to codes (B, C, h, w), which are their own codes."""
+        self.check_indices(indices)
         return self.codebook.detach()[indices].movedim(-1, 1)
 
     @torch.no_grad()
@@ -218,6 +235,7 @@ class FSQ(Quantizer):
 
     def latents_of(self, indices: Tensor) -> Tensor:
         """Indices (B, h, w) to latents (B, C, h, w) in the middle of what is rounded to these codes."""
+        self.check_indices(indices)
         levels = indices.unsqueeze(-1) // self.strides % self.levels - self.half_width
         half_range, offset = self.half_range_and_offset(self.share.dtype)
         centred = ((levels + offset) / half_range).atanh() - (offset / half_range).atanh()
@@ -241,12 +259,31 @@ KINDS: dict[str, Any] = {"vq": VectorQuantizer, "fsq": FSQ}
 OPTIONS = {"vq": ("codes", "codebook", "decay", "commitment", "revive"), "fsq": ("levels",)}
 
 
+def _is_number(value: Any, kinds: Any = (int, float)) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+WANTED: dict[str, tuple[str, Any]] = {
+    "codes": ("a whole number", lambda value: _is_number(value, int)),
+    "codebook": ("a word", lambda value: isinstance(value, str)),
+    "decay": ("a number", _is_number),
+    "commitment": ("a number", _is_number),
+    "revive": ("true or false", lambda value: isinstance(value, bool)),
+    "levels": (
+        "a list of whole numbers",
+        lambda value: isinstance(value, (list, tuple)) and bool(value) and all(_is_number(v, int) for v in value),
+    ),
+}
+
+
 def make_quantizer(config: dict[str, Any], channels: int) -> Quantizer:
     """The quantiser that ``{"kind": "vq" or "fsq", **arguments}`` describes.
 
     Raises:
         RequestError: another kind, or an argument that it does not have or needs.
     """
+    if not isinstance(config, Mapping):
+        raise RequestError(f"quantizer must be a mapping such as {{kind: fsq, levels: [8, 5, 5, 5]}}; got {config!r}.")
     options = dict(config)
     kind = options.pop("kind", None)
     if kind not in KINDS:
@@ -257,6 +294,9 @@ def make_quantizer(config: dict[str, Any], channels: int) -> Quantizer:
         )
     if OPTIONS[kind][0] not in options:
         raise RequestError(f"quantizer of kind {kind} needs {OPTIONS[kind][0]}.")
+    for name, value in options.items():
+        if not WANTED[name][1](value):
+            raise RequestError(f"quantizer.{name} must be {WANTED[name][0]}; got {value!r}.")
     return KINDS[kind](channels, **options)
 
 

@@ -14,6 +14,7 @@ import torch.distributed
 from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils.parametrize import is_parametrized
 
 from latentae.codec import posterior_of, spatial_ratio
 from latentae.errors import DataError, RequestError
@@ -62,7 +63,8 @@ class AutoencoderModule(pl.LightningModule):
         gradient_clip: largest norm of the gradient, of each network apart; None for no limit.
         accumulate: batches per optimizer step.
         gradient_checkpointing: compute the autoencoder's activations anew in the backward pass: memory for time.
-        compile: run encoder, decoder, discriminator and objective through ``torch.compile``.
+        compile: run encoder, decoder, objective and a discriminator without spectral normalisation, whose power
+            iteration changes buffers in place, through ``torch.compile``.
         term_gradients_every: steps between measurements of every term's gradient norm at the decoder's last layer,
             logged as ``train/gradient_of_NAME``: a multiple of ``trainer.log_every_n_steps``; None for never.
         max_skipped_steps: a loss or gradient that is not finite skips its step; so many in a row end the run.
@@ -355,6 +357,11 @@ class AutoencoderModule(pl.LightningModule):
         if size % ratio:
             near = f"{size - size % ratio} or {size - size % ratio + ratio}" if size > ratio else ratio
             raise RequestError(f"data.size {size} is not a multiple of the autoencoder's {ratio}: use {near}.")
+        if self.latent_transforms and not self.decodes:
+            raise RequestError(
+                "model.latent_transforms change what is decoded, and no term of this objective looks at a "
+                "reconstruction: leave them out, or add a term on pixels."
+            )
         if self.term_gradients_every and not any(p.requires_grad for p in self.autoencoder.decoder.parameters()):
             raise RequestError(
                 "model.term_gradients_every measures at the decoder's last layer that trains, and of the decoder "
@@ -366,7 +373,9 @@ class AutoencoderModule(pl.LightningModule):
             )
         if self.compiled:
             halves = [self.autoencoder.encoder, self.autoencoder.decoder, self.objective]
-            compile_networks(*halves, *([self.adversary.discriminator] if self.adversary else []))
+            if self.adversary and not any(is_parametrized(m) for m in self.adversary.discriminator.modules()):
+                halves.append(self.adversary.discriminator)
+            compile_networks(*halves)
         self._start_averaging()
 
     def on_validation_start(self) -> None:

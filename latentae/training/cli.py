@@ -93,7 +93,10 @@ def validate_command(argv: list[str]) -> int:
     with quiet_libraries():
         given = dict(options(argv))
         if "run_dir" in given and "config" not in given:
-            argv = ["--config", str(Path(str(given["run_dir"]), "config.yaml")), *argv]
+            config = Path(str(given["run_dir"]), "config.yaml")
+            if not config.is_file():
+                raise RequestError(f"{given['run_dir']} is no run of latentae fit: it has no config.yaml.")
+            argv = ["--config", str(config), *argv]
         cli = CommandLine(argv)
         checkpoint = Path(cli.config.ckpt_path or cli.run_dir / "checkpoints" / "last.ckpt")
         if not checkpoint.is_file():

@@ -23,15 +23,19 @@ CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
 
 
 def with_recipe_files(argv: list[str]) -> list[str]:
-    """The command line with every ``--config NAME`` replaced by the recipe's file."""
-    result = []
+    """The command line with every ``--config NAME`` replaced by the recipe's file, before all other options.
+
+    An option is over a recipe wherever it stands.
+    """
+    recipes, result = [], []
     for name, value in options(argv):
         if name in ("config", "c"):
             if value is True:
                 raise RequestError("--config needs a recipe: a file or the name of a shipped one.")
-            name, value = "config", str(find_recipe(str(value)))
-        result += [f"--{name}"] if value is True else [f"--{name}={value}"]
-    return result
+            recipes.append(f"--config={find_recipe(str(value))}")
+        else:
+            result.append(f"--{name}" if value is True else f"--{name}={value}")
+    return recipes + result
 
 
 def options(argv: list[str]) -> Iterator[tuple[str, str | bool]]:

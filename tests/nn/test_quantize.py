@@ -214,3 +214,31 @@ def test_the_configuration_of_a_continuous_one_is_as_it_was():
     discrete = latentae.create("dc-ae-tiny", **structured, quantizer={"kind": "vq", "codes": 8})
     with pytest.raises(RequestError, match="expected"):
         discrete.decode(torch.zeros(1, 4, 2, 2))  # a prefix of the channels has no code
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("fsq", "must be a mapping"),
+        ({"kind": "vq", "codes": "many"}, "codes must be a whole number; got 'many'"),
+        ({"kind": "vq", "codes": 8, "revive": "no"}, "revive must be true or false"),
+        ({"kind": "fsq", "levels": 8}, "levels must be a list of whole numbers; got 8"),
+        ({"kind": "fsq", "levels": []}, "levels must be a list"),
+    ],
+)
+def test_what_describes_no_quantizer_is_one_sentence(config, message):
+    with pytest.raises(RequestError, match=message):
+        make_quantizer(config, 4)
+
+
+@pytest.mark.parametrize("config", [{"kind": "vq", "codes": 8}, {"kind": "fsq", "levels": [4, 4]}])
+def test_indices_of_no_code_are_refused(config):
+    quantizer = make_quantizer(config, 2)
+    good = torch.zeros(1, 2, 3, dtype=torch.long)
+    assert quantizer.latents_of(good).shape == (1, 2, 2, 3)
+    for bad in (good - 1, good + quantizer.codes):
+        with pytest.raises(RequestError, match="counted from 0"):
+            quantizer.latents_of(bad)
+    for bad in (good.float(), good[0]):
+        with pytest.raises(RequestError, match=r"expected whole numbers \(B, h, w\)"):
+            quantizer.latents_of(bad)

@@ -5,7 +5,7 @@ import yaml
 
 from latentae.errors import RequestError
 from latentae.training.cli import CommandLine, quiet_libraries
-from latentae.training.config import explain_value, merge, options
+from latentae.training.config import explain_value, merge, options, with_recipe_files
 
 RECIPE = {
     "model": {
@@ -167,6 +167,12 @@ def test_options_change_a_recipe_with_and_without_init_args(recipe):
     assert model.optimizer.init_args.lr == 1e-5
     assert model.autoencoder == {"preset": "dc-ae-tiny", "latent_channels": 4}
     assert config.data.workers == 0
+
+
+def test_an_option_is_over_a_recipe_wherever_it_stands(recipe):
+    file = recipe()
+    words = with_recipe_files(["--data.size", "64", "--config", file, "--fork"])
+    assert words == [f"--config={file}", "--data.size=64", "--fork"]
 
 
 def test_merging_follows_the_order_of_the_command_line(recipe):

@@ -9,7 +9,8 @@ from diffusers import AutoencoderKL
 
 import latentae
 from latentae.errors import DataError, RequestError
-from latentae.objectives import KL, L1, L2, Term
+from latentae.objectives import KL, L1, L2, Adversary, Term, UNetGAN
+from latentae.objectives.latent_transforms import Equivariance
 
 
 def count_calls(module):
@@ -267,3 +268,17 @@ def test_gradient_checkpointing_saves_memory_and_changes_nothing(runs, folder, t
 def test_a_model_without_gradient_checkpointing_is_refused(runs):
     with pytest.raises(RequestError, match=r"model\.gradient_checkpointing: Linear has none"):
         runs.module(autoencoder=torch.nn.Linear(1, 1), gradient_checkpointing=True)
+
+
+def test_transforms_of_latents_that_nothing_decodes_are_refused(runs, folder, tmp_path):
+    module = runs.module(objective={"kl": KL()}, latent_transforms=[Equivariance()])
+    with pytest.raises(RequestError, match="no term of this objective looks at a reconstruction"):
+        runs.fit(module, runs.data(folder), tmp_path, 1)
+
+
+@pytest.mark.slow
+def test_compiled_steps_train_against_spectral_normalisation(runs, folder, tmp_path):
+    """Its power iteration changes buffers in place between the passes of one step, which a compiled graph forbids."""
+    module = runs.module(Adversary(UNetGAN(channels=2), weight=0.1), compile=True)
+    losses = runs.fit(module, runs.data(folder, size=64), tmp_path, 2)
+    assert all(math.isfinite(losses[step]["discriminator"]) for step in (1, 2))

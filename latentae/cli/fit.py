@@ -15,8 +15,8 @@ Train an autoencoder from a recipe. The same command again continues the run in 
 what to train
   --config RECIPE             a YAML file, or the name of a shipped recipe: demo, sd-vae-f8c4, dcae/f32c32-phase1,
                               -phase2, -phase3, and so for dcae/f64c128 and dcae/f128c512; eq-vae/finetune-kl, -vq;
-                              litevae/distill-f8c4; given more than once, later
-                              ones change earlier ones. 'latentae stages' runs several in order
+                              litevae/b-f8c12-128, -256, litevae/distill-f8c4; given more than once, later ones
+                              change earlier ones, and options change them all; 'latentae stages' runs several
   --run_dir DIR               where checkpoints, samples, TensorBoard logs and config.yaml go (default runs/RECIPE)
   --fork                      continue DIR although the configuration has changed since it was started
 

@@ -141,8 +141,7 @@ class AutoencoderModule(pl.LightningModule):
         latents = draw_latents(posterior, self.trainer.global_rank, self.trainer.world_size)
         for transform in self.latent_transforms:
             latents, pixels = transform(latents, pixels)
-        nothing = DecoderOutput(sample=latents.new_empty(0))
-        decoded: Any = self.autoencoder.decode(latents) if self.decodes else nothing
+        decoded: Any = self.autoencoder.decode(latents) if self.decodes else DecoderOutput(sample=latents.new_empty(0))
         reconstruction = decoded.sample
 
         step = Step(pixels, reconstruction, posterior, latents, encoded)

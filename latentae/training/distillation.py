@@ -126,6 +126,11 @@ def _decoder_arguments(teacher: Any, name: str) -> dict[str, Any]:
                 f"model.autoencoder.decoder_of {name} has a decoder with {shape[0]} and {shape[1]} upsampling by "
                 f"{shape[2]}; LiteVAE can have one with relu and nearest upsampling by 2."
             )
+        if len(set(config["decoder_block_out_channels"])) > 1:  # diffusers' own decoder would fail on it too
+            raise RequestError(
+                f"model.autoencoder.decoder_of {name} has decoder widths {list(config['decoder_block_out_channels'])}; "
+                "an AutoencoderTiny can only decode with equal ones."
+            )
         arguments = {
             "in_channels": config["out_channels"],
             "latent_channels": config["latent_channels"],

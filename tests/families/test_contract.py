@@ -52,6 +52,14 @@ VQ = {"quantizer": {"kind": "vq", "codes": 64}}
 FSQ = {"quantizer": {"kind": "fsq", "levels": [8, 5]}, "latent_channels": 2}
 
 
+NORM_FREE = {
+    "decoder_norm": "self_modulated",
+    "output_type": "wavelet",
+    "decoder_block_out_channels": (8, 16, 32),
+}
+VARIANTS = {"vq": ("dc-ae-tiny", VQ), "fsq": ("dc-ae-tiny", FSQ), "norm-free-wavelet": ("litevae-tiny", NORM_FREE)}
+
+
 def shrunk(name, **options):
     preset = find_preset(name)
     return {**SHRINK[preset.family](preset.config), **options}
@@ -60,12 +68,12 @@ def shrunk(name, **options):
 def variants():
     """Names and options; those whose shrunk network another one has are slow."""
     seen = set()
-    for name, options in [*((name, {}) for name in PRESETS), ("dc-ae-tiny", VQ), ("dc-ae-tiny", FSQ)]:
-        network = repr(sorted({**shrunk(name, **options), "scaling_factor": 1.0}.items()))
-        suffix = f"-{options['quantizer']['kind']}" if options else ""
-        marks = [pytest.mark.slow] if network in seen else []
+    for name in PRESETS:
+        network = repr(sorted({**shrunk(name), "scaling_factor": 1.0}.items()))
+        yield pytest.param((name, {}), id=name, marks=[pytest.mark.slow] if network in seen else [])
         seen.add(network)
-        yield pytest.param((name, options), id=name + suffix, marks=marks)
+    for label, variant in VARIANTS.items():
+        yield pytest.param(variant, id=f"{variant[0]}-{label}")
 
 
 @pytest.fixture(scope="module", params=variants())

@@ -238,6 +238,10 @@ def test_the_decoder_of_an_autoencoder_tiny(runs, folder, tmp_path):
         spread = student.encode(held_out()).latent_dist.std
     assert spread.max() < 0.5, "a deterministic teacher takes the noise away"
 
+    uneven = {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (16, 8, 8, 8)}
+    diffusers.AutoencoderTiny(**uneven, **blocks).save_pretrained(tmp_path / "uneven")
+    with pytest.raises(RequestError, match=r"decoder widths \[16, 8, 8, 8\]; an AutoencoderTiny can only"):
+        build_autoencoder({"preset": "litevae-tiny", "decoder_of": str(tmp_path / "uneven")})
     diffusers.AutoencoderTiny(**widths, **blocks, upsample_fn="bilinear").save_pretrained(tmp_path / "bilinear")
     with pytest.raises(RequestError, match="relu and bilinear upsampling by 2"):
         build_autoencoder({"preset": "litevae-tiny", "decoder_of": str(tmp_path / "bilinear")})

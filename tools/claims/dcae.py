@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from claims.frame import Arm, Outcome, Plan, Threshold, draw_curves, run_arms, train
+from claims.frame import Arm, Outcome, Plan, Threshold, draw_curves, run_arms, train_start
 from claims.pictures import block_mean, held_out_pictures, pca, psnr_by_kind, stream, tune_pictures
 from latentae.console import format_table, say
 from latentae.errors import RequestError
@@ -149,14 +149,9 @@ def train_f8(steps: int) -> DCAE:
         pixels = batch_of(stream(seed, steps * F8_BATCH, F8_CROP), step, F8_BATCH)
         return F.mse_loss(module(pixels).sample, pixels)
 
-    def build(seed: int) -> nn.Module:
-        built.append(f8_model())
-        return built[-1]
-
-    built: list[DCAE] = []
-    train(Arm("f8", build, loss), F8_SEED, 2e-3, steps, lambda module: {}, evaluations=1)
+    f8 = train_start(lambda seed: f8_model(), loss, F8_SEED, 2e-3, steps)
     stream.cache_clear()
-    return built[-1].eval().requires_grad_(False)
+    return f8.requires_grad_(False)
 
 
 def batch_of(pictures: Tensor, step: int, count: int) -> Tensor:

@@ -39,7 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from claims.frame import Arm, Outcome, Plan, draw_curves, paired_difference, run_arms, train
+from claims.frame import Arm, Outcome, Plan, draw_curves, paired_difference, run_arms, train_start
 from claims.pictures import block_mean, held_out_pictures, pca, psnr_by_kind, stream, tune_pictures
 from latentae.console import format_table, say
 from latentae.errors import RequestError
@@ -115,7 +115,14 @@ def run(tier: str, quick: bool, steps: int | None, figure: Path | None) -> dict[
     models = figure.with_name(f"{figure.stem}-models") if figure else None
 
     say(f"training the start, {start_steps} steps")
-    start = train_start(start_steps)
+    start = train_start(
+        lambda seed: create(PRESET, seed=seed, latent_channels=CHANNELS).train(),
+        lambda module, seed, step: loss_of(module, seed, step, start_steps, None),
+        START_SEED,
+        START_RATE,
+        start_steps,
+    )
+    stream.cache_clear()
     if models:
         export(start, models / "start")
     for seed in plan.seeds:
@@ -181,24 +188,6 @@ def run(tier: str, quick: bool, steps: int | None, figure: Path | None) -> dict[
         "thresholds": thresholds(changes[EQ]),
         "shown": all(verdict["shown"] for verdict in thresholds(changes[EQ])),
     }
-
-
-def train_start(steps: int) -> Any:
-    """The autoencoder that all arms fine-tune."""
-
-    def loss(module: nn.Module, seed: int, step: int) -> Tensor:
-        return loss_of(module, seed, step, steps, None)
-
-    kept: list[nn.Module] = []
-    start = Arm(
-        "start",
-        lambda seed: create(PRESET, seed=seed, latent_channels=CHANNELS).train(),
-        loss,
-        lambda module, seed: kept.append(module),
-    )
-    train(start, START_SEED, START_RATE, steps, lambda module: {}, evaluations=1, reported=True)
-    stream.cache_clear()
-    return kept[0]
 
 
 def changes_of(outcome: Outcome, plain: Outcome) -> dict[str, Any]:

@@ -119,6 +119,20 @@ def train(
     return run
 
 
+def train_start(
+    build: Callable[[int], nn.Module],
+    loss: Callable[[nn.Module, int, int], Tensor],
+    seed: int,
+    learning_rate: float,
+    steps: int,
+) -> Any:
+    """What arms begin with or keep frozen: one module, trained as an arm is, judged by nothing, in eval mode."""
+    kept: list[nn.Module] = []
+    arm = Arm("start", build, loss, keep=lambda module, seed: kept.append(module))
+    train(arm, seed, learning_rate, steps, lambda module: {}, evaluations=1, reported=True)
+    return kept[0]
+
+
 @dataclass
 class Outcome:
     """What came of one arm.

@@ -29,7 +29,7 @@ from diffusers.models.autoencoders.vae import Encoder as StableDiffusionEncoder
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from claims.frame import Arm, Outcome, Plan, Threshold, draw_curves, run_arms, train
+from claims.frame import Arm, Outcome, Plan, Threshold, draw_curves, run_arms, train_start
 from claims.pictures import block_mean, held_out_pictures, pca, psnr_by_kind, stream, tune_pictures
 from latentae.console import format_table, say
 from latentae.errors import RequestError
@@ -114,23 +114,19 @@ def pixels_at(seed: int, step: int, steps: int, batch: int) -> Tensor:
     return to_float(stream(seed, steps * batch, CROP)[step * batch : (step + 1) * batch])
 
 
-def train_start(steps: int) -> Any:
+def train_dcae(steps: int) -> Any:
     """The DC-AE whose decoder all arms begin with."""
 
     def loss(module: Any, seed: int, step: int) -> Tensor:
         pixels = pixels_at(seed, step, steps, START_BATCH)
         return F.mse_loss(module(pixels).sample, pixels)
 
-    kept: list[nn.Module] = []
-    start = Arm(
-        "start",
-        lambda seed: create(START_PRESET, seed=seed, latent_channels=LATENT_CHANNELS).train(),
-        loss,
-        lambda module, seed: kept.append(module),
-    )
-    train(start, START_SEED, START_RATE, steps, lambda module: {}, evaluations=1, reported=True)
+    def build(seed: int) -> nn.Module:
+        return create(START_PRESET, seed=seed, latent_channels=LATENT_CHANNELS).train()
+
+    start = train_start(build, loss, START_SEED, START_RATE, steps)
     stream.cache_clear()
-    return kept[0]
+    return start
 
 
 def loss_of(module: nn.Module, pixels: Tensor) -> Tensor:
@@ -155,7 +151,7 @@ def run(tier: str, quick: bool, steps: int | None, figure: Path | None) -> dict[
         return psnr_by_kind(made, pictures)
 
     say(f"training the start, {start_steps} steps")
-    start = train_start(start_steps)
+    start = train_dcae(start_steps)
     with torch.no_grad():
         start_psnr = psnr_by_kind({kind: start(to_float(x)).sample for kind, x in test.items()}, test)
     for seed in plan.seeds:

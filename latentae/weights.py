@@ -30,7 +30,7 @@ WEIGHT_FILES = {
         "https://download.pytorch.org/models/vgg16-397923af.pth",
         "397923af",
         "LPIPS (vgg)",
-        "train without it by leaving the lpips term out of model.objective, or evaluate with psnr and ssim",
+        "train without it by --model.objective.lpips null, or evaluate with psnr and ssim",
     ),
     "alexnet": WeightFile(
         "alexnet-owt-7be5be79.pth",

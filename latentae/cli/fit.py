@@ -34,8 +34,9 @@ options of a recipe, each also a key of its YAML
                                          or .diffusers CLASS, such as AutoencoderKL, with its arguments
   --model.autoencoder.init_from RUN      start from the averaged weights of an earlier stage
   --model.autoencoder.padding_mode reflect  convolutions reflect their borders, against artefacts in corners
-  --model.objective.TERM.weight W        terms by the names in the recipe; --model.objective.NAME CLASS adds one
-  --model.adversary.weight W             --model.adversary.start_step N
+  --model.objective.TERM.weight W        terms by the names in the recipe; --model.objective.NAME CLASS adds one,
+                                         --model.objective.NAME null leaves one out, such as lpips
+  --model.adversary.weight W             --model.adversary.start_step N     --model.adversary null trains without
   --model.trainable [PREFIX,...]         train these parts only, such as [decoder]
   --model.schedule.kind KIND             constant, cosine or step (.milestones [N,...], .decay F), after .warmup_steps N
   --model.latent_transforms+=Equivariance  EQ-VAE on any recipe; also ScaleOnly, LatentNoise, and ChannelPrefix

@@ -26,6 +26,7 @@ from pytorch_lightning.utilities.warnings import PossibleUserWarning
 from latentae.console import format_table, say
 from latentae.errors import LatentAEError, RequestError
 from latentae.files import atomic_write
+from latentae.objectives import Term
 from latentae.training.autoencoder import AutoencoderModule
 from latentae.training.callbacks import (
     AtomicCheckpointIO,
@@ -34,7 +35,7 @@ from latentae.training.callbacks import (
     ReconstructionImages,
     TrainingProgress,
 )
-from latentae.training.config import check_keys, explain_value, merge, options, with_recipe_files
+from latentae.training.config import check_keys, check_left_out, explain_value, merge, options, with_recipe_files
 from latentae.training.datamodule import ImageData
 from latentae.training.recipes import recipe_names
 from latentae.weights import open_state_dict
@@ -185,6 +186,8 @@ class CommandLine(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         check_keys(merge(args), SECTIONS | dict.fromkeys([*NOT_IN_CONFIG, "help", "print_config"]))
+        objective: Any = next(action for action in parser._actions if action.dest == "model.objective")
+        objective._typehint = dict[str, Term | None]  # null leaves a term of the recipe out
         try:
             self.config = parser.parse_args(args)
         except ArgumentError as error:
@@ -192,6 +195,12 @@ class CommandLine(LightningCLI):
                 names = ", ".join(recipe_names())
                 raise RequestError(f"Give a whole recipe with --config: a file, or one of {names}.") from error
             raise RequestError(explain_value(str(error))) from error
+        check_left_out(args)
+        terms = {name: term for name, term in self.config.model.objective.items() if term is not None}
+        if not terms:
+            raise RequestError("model.objective has no term left: keep one, such as --model.objective.l1 L1.")
+        self.config.model.objective = terms
+        objective._typehint = dict[str, Term]  # of a union, jsonargparse hides why a term cannot be made
 
     def instantiate_classes(self) -> None:
         """Nothing yet: `build` does it once the command knows that there is something to do."""

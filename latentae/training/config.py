@@ -20,6 +20,7 @@ from latentae.errors import RequestError
 from latentae.training.recipes import find_recipe
 
 CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
+NULL = ("null", "~", "")  # as text
 
 
 def with_recipe_files(argv: list[str]) -> list[str]:
@@ -126,6 +127,19 @@ def check_keys(config: Mapping[str, Any], known: Mapping[str, Any]) -> None:
             _check_arguments(value, known[key], f"{key}.")
 
 
+def check_left_out(argv: list[str]) -> None:
+    """Refuse an option that leaves out a term of the objective which no recipe has: a misspelt name.
+
+    Raises:
+        RequestError: naming the term and the nearest right one.
+    """
+    terms = merge([word for word in argv if word.startswith("--config=")])["model"]["objective"]
+    for name, value in options(argv):
+        path = name.split(".")
+        if path[:-1] == ["model", "objective"] and value in NULL and path[-1] not in terms:
+            raise _unknown(path[-1], "model.objective.", terms)
+
+
 def _check_arguments(arguments: Mapping[str, Any], cls: Any, where: str) -> None:
     parameters = inspect.signature(cls).parameters
     if any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
@@ -157,7 +171,7 @@ def _check_value(value: Any, annotation: Any, where: str) -> None:
     if isinstance(value, list):
         for inner in value:
             _check_value(inner, annotation, where)
-    elif isinstance(value, str) and len(ours) == len(bases) and value not in ("null", "~", ""):
+    elif isinstance(value, str) and len(ours) == len(bases) and value not in NULL:
         _find_class(value, ours, where)
     elif isinstance(value, Mapping) and "class_path" in value:
         if wrong := [key for key in value if key not in CLASS_KEYS]:

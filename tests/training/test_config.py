@@ -51,6 +51,7 @@ MISSPELT_OPTIONS = {
     "--model.objectiv.l1.weight=2": "model.objectiv is unknown; did you mean objective?",
     "--model.objective.l1.wieght=2": "model.objective.l1.wieght is unknown; did you mean weight?",
     "--model.objective.l1.init_args.wieght=2": "model.objective.l1.wieght is unknown; did you mean weight?",
+    "--model.objective.l2=null": "model.objective.l2 is unknown; known are l1.",
     "--model.objective.new=LPIP": "model.objective.new names a class; 'LPIP' is unknown; did you mean LPIPS?",
     "--model.adversary.wait=3": "model.adversary.wait is unknown; did you mean weight?",
     "--model.adversary.discriminator.chanels=3": (
@@ -191,3 +192,15 @@ def test_a_mapping_in_one_option_replaces_the_recipe_s(tmp_path):
         with pytest.raises(RequestError) as caught:
             CommandLine(["--config", "sd-vae-f8c4", "--model.autoencoder", "somewhere-else-entirely"])
     assert len(str(caught.value)) < 1500
+
+
+def test_null_leaves_a_term_or_the_adversary_out(recipe, tmp_path):
+    over = tmp_path / "over.yaml"
+    over.write_text("model: {objective: {l1: null, kl: {class_path: KL}}}")
+    model = parse("--config", recipe(model__objective__l2={"class_path": "L2"}), "--model.objective.l1", "null").model
+    assert list(model.objective) == ["l2"]
+    assert model.adversary is not None
+    assert parse("--config", recipe(), "--model.adversary=null").model.adversary is None
+    assert list(parse("--config", recipe(), "--config", str(over)).model.objective) == ["kl"]
+    with pytest.raises(RequestError, match=r"^model\.objective has no term left"):
+        parse("--config", recipe(), "--model.objective.l1=null")

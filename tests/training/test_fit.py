@@ -243,6 +243,24 @@ def test_a_paper_s_recipe_without_lpips_weights_says_how_to_get_them(tmp_path, m
     assert not (tmp_path / "run").exists(), "nothing has begun"
 
 
+def test_lpips_and_the_adversary_can_be_left_out_of_a_recipe(tmp_path, monkeypatch, folder, capsys):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
+    monkeypatch.delenv("LATENTAE_WEIGHTS", raising=False)
+    smaller = ["--trainer.devices", "1", "--data.size", "64", "--trainer.precision", "32-true", "--data.batch_size=2"]
+    smaller += ["--trainer.accelerator", "cpu", "--data.workers", "0", "--model.autoencoder={preset: dc-ae-tiny}"]
+    run = ["--run_dir", str(tmp_path / "run"), "--checkpoint.every_steps=1", "--data.path", str(folder), *smaller]
+    without = ["--model.objective.lpips", "null", "--model.adversary", "null"]
+    recipe = ["--config", "sd-vae-f8c4", "--model.objective.kl", "null", *run]
+    assert fit_command([*recipe, *without, "--trainer.max_steps=1"]) == 0
+    with pytest.raises(RequestError, match="another configuration.*LPIPS"):
+        fit_command([*recipe, "--trainer.max_steps=1"])
+    assert fit_command([*recipe, *without, "--trainer.max_steps=2", "--fork"]) == 0
+    assert list(yaml.safe_load((tmp_path / "run/config.yaml").read_text())["model"]["objective"]) == ["l1"]
+    capsys.readouterr()
+    assert validate_command(["--run_dir", str(tmp_path / "run")]) == 0
+    assert {line.split()[0] for line in capsys.readouterr().out.splitlines()[2:]} == {"l1", "psnr", "ssim"}
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning:torchvision")
 def test_validate_measures_lpips_where_its_weights_are(arguments, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))

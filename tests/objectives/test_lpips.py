@@ -109,7 +109,9 @@ def test_missing_weights_name_the_file_the_folder_the_command_and_the_way_out(tm
     with pytest.raises(MissingWeights) as caught:
         LPIPS()
     message = str(caught.value)
-    assert all(part in message for part in ("vgg16-397923af.pth", str(tmp_path), "curl", "--model.objective.lpips null"))
+    assert all(
+        part in message for part in ("vgg16-397923af.pth", str(tmp_path), "curl", "--model.objective.lpips null")
+    )
 
 
 def test_a_file_of_another_network_is_refused(tmp_path):

@@ -252,7 +252,7 @@ def test_lpips_and_the_adversary_can_be_left_out_of_a_recipe(tmp_path, monkeypat
     without = ["--model.objective.lpips", "null", "--model.adversary", "null"]
     recipe = ["--config", "sd-vae-f8c4", "--model.objective.kl", "null", *run]
     assert fit_command([*recipe, *without, "--trainer.max_steps=1"]) == 0
-    with pytest.raises(RequestError, match="another configuration.*LPIPS"):
+    with pytest.raises(RequestError, match=r"another configuration.*LPIPS"):
         fit_command([*recipe, "--trainer.max_steps=1"])
     assert fit_command([*recipe, *without, "--trainer.max_steps=2", "--fork"]) == 0
     assert list(yaml.safe_load((tmp_path / "run/config.yaml").read_text())["model"]["objective"]) == ["l1"]

@@ -10,7 +10,7 @@ MOST_TILES = 16
 
 
 class LatentStatistics:
-    """Mean and standard deviation of raw (not normalised) latents, per channel and overall."""
+    """Mean and standard deviation of raw (not normalised) samples of the posterior, per channel and overall."""
 
     def __init__(self) -> None:
         self.shape: list[int] = []

@@ -189,7 +189,7 @@ def _measure(
             reconstruction = to_uint8(pixels).to(pair_device)
             measurement.add(keys, reconstruction, originals.to(pair_device), finite)
             z = codec.denormalise(latents.tensor)
-            statistics.add(z)
+            statistics.add(latents.posterior.sample(_generators(seed, keys)))
             diagnostics.add(z, latents.posterior)
             follows.add(originals)
             samples.save(index, keys, originals, reconstruction, z)

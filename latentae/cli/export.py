@@ -5,8 +5,11 @@ from_pretrained where latentae is not installed. A family that diffusers does no
 --with-code its code lies beside the weights in one file, and AutoModel.from_pretrained(DIR, trust_remote_code=True) of
 diffusers opens it too. Weights are safetensors.
 
-Training moves the latents, and with them the scaling factor that a diffusion model needs. --data measures it on images:
-scaling_factor, with shift_factor or latents_mean and latents_std where the model's configuration has them.
+Training moves the latents, and with them the scaling factor that a diffusion model needs. --data measures it on images,
+as latent diffusion defines it: one over the standard deviation of samples of the posterior (for DC-AE over their root
+mean square), with shift_factor or latents_mean and latents_std where the model's configuration has them. Leave
+--data out where a denoiser is trained already, as for an encoder distilled into a teacher's latents: it needs the old
+scale.
 
   latentae export runs/my-run exported/ --data photos/
 """
@@ -33,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
 
     import diffusers
 
+    from latentae.console import say
     from latentae.errors import RequestError
     from latentae.loading import export, load_model
     from latentae.nn.padding import padding_mode
@@ -44,6 +48,10 @@ def run(args: argparse.Namespace) -> int:
     if args.data is not None:
         for name, (before, after) in refresh_normalisation(model, _measure(model, args)).items():
             print(f"{name}: {_brief(before)} -> {_brief(after)}")
+        say(
+            "warning: a denoiser that was trained on the old scale needs the old scale, which is also that of a "
+            "distillation's teacher: to keep it, export without --data."
+        )
     name = export(model, folder, with_code=args.with_code)
     if padding_mode(model) != "zeros":
         print(f"{folder}: latentae.load({str(folder)!r}) opens it; stock diffusers cannot know its reflect padding")

@@ -123,7 +123,7 @@ def test_the_pairs_are_the_adm_crop_and_its_rounded_reconstruction(measured, pho
 
 def test_what_a_model_is_and_what_its_latents_are(measured, photo_folder):
     results, _, models = measured
-    dc, kl, _ = results["models"]
+    dc, kl, taesd = results["models"]
     assert [model["name"] for model in results["models"]] == ["dc", "kl", "taesd"]
     assert kl["class"] == "AutoencoderKL"
     assert (kl["spatial_ratio"], kl["latent_channels"], kl["floats_per_pixel"]) == (4, 4, 0.25)
@@ -136,12 +136,16 @@ def test_what_a_model_is_and_what_its_latents_are(measured, photo_folder):
     ]
     pixels = to_float(torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2))
     with torch.no_grad():
-        z = models["kl"].encode(pixels).latent_dist.mode().double()
-    latents = kl["latents"]
-    assert latents["shape"] == [4, 15, 15]
+        posterior = models["kl"].encode(pixels).latent_dist
+        z = models["taesd"].encode(pixels).latents.double()
+    latents = taesd["latents"]  # without a posterior
+    assert latents["shape"] == list(z.shape[1:])
     np.testing.assert_allclose(latents["mean"], z.mean((0, 2, 3)), atol=1e-6)
     np.testing.assert_allclose(latents["std"], z.std((0, 2, 3), correction=0), rtol=1e-5)
     assert 1 / latents["suggested_scaling_factor"] == pytest.approx(z.std(correction=0).item(), rel=1e-5)
+    spread = (posterior.mode().var(correction=0) + posterior.var.mean()).sqrt()  # of samples, in expectation
+    assert posterior.mode().std() < 0.9 * spread
+    assert 1 / kl["latents"]["suggested_scaling_factor"] == pytest.approx(spread.item(), rel=0.05)
     assert kl["normalisation"]["scaling_factor"] == 0.5
 
 

@@ -69,7 +69,9 @@ def test_a_stock_autoencoder_trains_and_comes_back(runs, folder, tmp_path, stock
     else:
         size = z.square().mean().sqrt() if stock_folder.name == "AutoencoderDC" else z.std(correction=0)
         assert stock.config.scaling_factor == pytest.approx(1 / size.item(), rel=1e-4)
-    assert "scaling_factor: " in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "scaling_factor: " in printed.out
+    assert "to keep it, export without --data" in printed.err
 
 
 def test_the_decoder_alone_leaves_the_latents_as_they_are(runs, folder, tmp_path, stock_folder):

@@ -70,6 +70,11 @@ class Progress:
             self._bar.stop()
 
 
+def three_figures(value: float) -> str:
+    """A number of any size with three significant figures, thousands set apart and whole."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def format_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A plain text table: first column to the left, the others to the right, floats with four figures."""
 

@@ -21,10 +21,10 @@ from latentae.bench.results import (
     cost_conditions,
     cost_rows,
     format_metric,
-    format_rate,
     measured_metrics,
     shape_label,
 )
+from latentae.console import three_figures
 from latentae.errors import MissingExtra
 from latentae.files import atomic_write
 
@@ -131,13 +131,15 @@ def _cost(model: dict[str, Any]) -> list[dict[str, Any]]:
             cells.append(_cell("–"))
             continue
         low, high = speed[half]["quartiles"]
-        cells.append(_cell(format_rate(speed[half]["images_per_second"]), f"{format_rate(low)} – {format_rate(high)}"))
+        cells.append(
+            _cell(three_figures(speed[half]["images_per_second"]), f"{three_figures(low)} – {three_figures(high)}")
+        )
     peaks = [speed[half]["peak_memory_bytes"] for half in ("encode", "decode")] if speed else []
     cells.append(_cell(f"{max(peaks) / 2**30:.2f} GiB" if peaks and None not in peaks else "–"))
-    halves = [f"{parameters[half] / 1e6:.1f}" for half in ("encoder", "decoder") if half in parameters]
-    cells.append(_cell(f"{parameters['total'] / 1e6:.1f} M", " + ".join(halves)))
-    total = f"{gmac['encode'] + gmac['decode']:.1f}" if "encode" in gmac else "–"
-    cells.append(_cell(total, f"{gmac['encode']:.1f} + {gmac['decode']:.1f}" if "encode" in gmac else ""))
+    halves = [three_figures(parameters[half] / 1e6) for half in ("encoder", "decoder") if half in parameters]
+    cells.append(_cell(f"{three_figures(parameters['total'] / 1e6)} M", " + ".join(halves)))
+    work = [gmac[half] for half in ("encode", "decode") if half in gmac]
+    cells.append(_cell(three_figures(sum(work)) if work else "–", " + ".join(map(three_figures, work))))
     return cells
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from latentae.bench.quality import METRICS
-from latentae.console import format_table
+from latentae.console import format_table, three_figures
 from latentae.errors import RequestError
 from latentae.files import read_json, write_json
 
@@ -53,11 +53,6 @@ def format_metric(name: str, value: float | None) -> str:
     return "–" if value is None else f"{value:.{DIGITS[name]}f}"
 
 
-def format_rate(value: float) -> str:
-    """Images per second with three figures, thousands set apart."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
 COST_HEADER = ("model", "half", "parameters, M", "GMAC / image", "ms / batch", "peak memory, GiB")
 
 
@@ -68,13 +63,13 @@ def cost_rows(results: dict[str, Any]) -> list[list[str]]:
         for task, half in (("encode", "encoder"), ("decode", "decoder")):
             speed = model["speed"][task] if model["speed"] else {}
             figures = [
-                (model["parameters"].get(half), 1e-6, ".2f"),
-                (model["gmac"].get(task), 1, ".2f"),
-                (speed.get("seconds_per_batch"), 1e3, ".1f"),
-                (speed.get("peak_memory_bytes"), 2**-30, ".2f"),
+                (model["parameters"].get(half), 1e-6),
+                (model["gmac"].get(task), 1),
+                (speed.get("seconds_per_batch"), 1e3),
+                (speed.get("peak_memory_bytes"), 2**-30),
             ]
             rows.append(
-                [model["name"], half, *("–" if value is None else f"{value * k:{form}}" for value, k, form in figures)]
+                [model["name"], half, *("–" if value is None else three_figures(value * k) for value, k in figures)]
             )
     return rows
 
@@ -133,7 +128,7 @@ def summarise(results: dict[str, Any]) -> str:
         row += [format_metric(name, model["metrics"].get(name)) for name in metrics]
         if with_speed:
             speed = model["speed"]
-            row += [format_rate(speed[half]["images_per_second"]) if speed else "–" for half in ("encode", "decode")]
+            row += [three_figures(speed[half]["images_per_second"]) if speed else "–" for half in ("encode", "decode")]
         rows.append(row)
     for baseline in results["baselines"]:
         row = [baseline["name"], "–", *(format_metric(name, baseline.get(name)) for name in metrics)]

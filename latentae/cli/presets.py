@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from latentae.console import format_table
+    from latentae.console import format_table, three_figures
     from latentae.families.presets import describe, find_preset, presets
 
     if args.name:
@@ -38,12 +38,13 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(rows, indent=2))
         return 0
-    columns = ["encoder_millions", "decoder_millions"] + (["encoder_gmac", "decoder_gmac"] if args.macs else [])
+    counted = ["encoder_gmac", "decoder_gmac"] if args.macs else []
     table = []
     for r in rows:
-        figures = [f"{r[column]:.2f}" for column in columns]
+        figures = [f"{r[f'{half}_millions']:.2f}" for half in ("encoder", "decoder")]
+        figures += [three_figures(r[column]) for column in counted]
         table.append([r["name"], f"f{r['ratio']}c{r['channels']}", *figures, r["source"], r["hub_id"] or ""])
-    titles = [column.replace("_millions", " M").replace("_gmac", " GMAC") for column in columns]
+    titles = ["encoder M", "decoder M", *(column.replace("_gmac", " GMAC") for column in counted)]
     print(format_table(["preset", "latents", *titles, "source", "weights"], table))
     return 0
 
@@ -62,7 +63,7 @@ def _count(autoencoder: Any) -> dict[str, float]:
     from latentae.codec import LatentCodec
 
     gmac = count_gmac(LatentCodec(autoencoder), SIZE)
-    return {f"{half}_gmac": round(gmac[task], 2) for half, task in (("encoder", "encode"), ("decoder", "decode"))}
+    return {f"{half}_gmac": gmac[task] for half, task in (("encoder", "encode"), ("decoder", "decode"))}
 
 
 def _stable_diffusion() -> dict[str, Any]:

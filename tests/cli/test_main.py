@@ -120,7 +120,7 @@ def test_presets_count_arithmetic_beside_stable_diffusions(capsys, monkeypatch, 
     assert cli.main(["presets", "--macs", "--json"]) == 0
     tiny, reference = json.loads(capsys.readouterr().out)
     with_weights = count_gmac(LatentCodec(tiny_dcae), 256)
-    assert (tiny["encoder_gmac"], tiny["decoder_gmac"]) == tuple(round(g, 2) for g in with_weights.values())
+    assert (tiny["encoder_gmac"], tiny["decoder_gmac"]) == tuple(with_weights.values())
     # LiteVAE (arXiv 2405.14477) states 34.16 M parameters and 137 "GFLOPs" for this encoder
     assert reference["encoder_millions"] == 34.16
     assert reference["encoder_gmac"] == pytest.approx(137, rel=0.01)

@@ -3,7 +3,7 @@
 import pytest
 
 from latentae import weights
-from latentae.console import Progress, format_table
+from latentae.console import Progress, format_table, three_figures
 from latentae.errors import MissingWeights, RequestError
 
 
@@ -51,6 +51,13 @@ def test_an_explicit_path_must_exist(tmp_path):
 def test_table_aligns_and_rounds():
     text = format_table(["name", "dB"], [["a", 27.123456], ["long name", None]])
     assert text.splitlines() == ["name          dB", "---------  -----", "a          27.12", "long name      -"]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0, "0"), (0.0123456, "0.0123"), (1.2345, "1.23"), (99.96, "100"), (1234.5, "1,234")]
+)
+def test_three_figures_of_any_size(value, text):
+    assert three_figures(value) == text
 
 
 def test_progress_is_quiet_off_a_terminal(capsys):

@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from latentae.codec import LatentCodec
     from latentae.families.base import Autoencoder
     from latentae.families.dcae import DCAE
+    from latentae.families.dito import DiTo
     from latentae.families.litevae import LiteVAE
     from latentae.families.presets import create, presets
+    from latentae.families.swycc import SWYCC
     from latentae.loading import load
     from latentae.store.encode import encode_dataset
     from latentae.store.reader import LatentStore
@@ -24,10 +26,12 @@ if TYPE_CHECKING:
 _HOME = {
     "Autoencoder": "latentae.families.base",
     "DCAE": "latentae.families.dcae",
+    "DiTo": "latentae.families.dito",
     "LatentCodec": "latentae.codec",
     "LatentStore": "latentae.store.reader",
     "LiteVAE": "latentae.families.litevae",
     "ModelMixin": "diffusers",
+    "SWYCC": "latentae.families.swycc",
     "bench": "latentae.bench.run",
     "create": "latentae.families.presets",
     "encode_dataset": "latentae.store.encode",
@@ -37,7 +41,9 @@ _HOME = {
 
 __all__ = [
     "DCAE",
+    "SWYCC",
     "Autoencoder",
+    "DiTo",
     "LatentCodec",
     "LatentStore",
     "LiteVAE",

@@ -180,15 +180,18 @@ class Autoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[mi
         Raises:
             RequestError: the latents have another number of dimensions or channels.
         """
-        if z.ndim != 4 or not self._accepts_channels(z.shape[1]) or 0 in z.shape:
-            raise RequestError(
-                f"decode got latents of shape {tuple(z.shape)}; expected (B, {self.latent_channels}, h, w)."
-            )
+        self._check_latents(z)
         commit_loss = None
         if self.quantize is not None:
             z, commit_loss = self.quantize(z)
         pixels = self._one_by_one(self._decode, z)
         return DecoderOutput(sample=pixels, commit_loss=commit_loss) if return_dict else (pixels,)
+
+    def _check_latents(self, z: Tensor) -> None:
+        if z.ndim != 4 or not self._accepts_channels(z.shape[1]) or 0 in z.shape:
+            raise RequestError(
+                f"decode got latents of shape {tuple(z.shape)}; expected (B, {self.latent_channels}, h, w)."
+            )
 
     def indices_of(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) of a discrete autoencoder to the indices (B, h, w) of their codes."""
@@ -289,13 +292,17 @@ class Autoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[mi
         if not self._exceeds_tile(z.shape[-2] * scale, z.shape[-1] * scale):
             return self._decode_whole(z)
         if not hasattr(self.decoder, "local"):
-            tile, stride = ((y // scale, x // scale) for y, x in (self._tile(scale), self._stride(scale)))
-            return blend_tiles(self._decode_whole, z, tile, stride, up=scale)
+            return self._decode_blended(self._decode_whole, z)
         ratio = self.decoder.local_ratio
         height, width = self._tile(ratio)
         features = self.decoder.deep(z)
         tile = (height // ratio, width // ratio)
         return run_in_tiles(self.decoder.local, features, tile, self.decoder.local_halo // ratio, up=ratio)
+
+    def _decode_blended(self, decode_whole: Any, z: Tensor) -> Tensor:
+        scale = self.spatial_compression_ratio
+        tile, stride = ((y // scale, x // scale) for y, x in (self._tile(scale), self._stride(scale)))
+        return blend_tiles(decode_whole, z, tile, stride, up=scale)
 
     def folded(self) -> "Autoencoder":
         """The autoencoder in the form for use after training, which computes the same; itself if that is its form.

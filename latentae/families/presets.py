@@ -16,6 +16,7 @@ SANA_PAPER = "SANA (arXiv 2410.10629)"
 DCAE_LITE = "DC-AE-Lite (DC-Gen repository)"
 DCAE15_PAPER = "DC-AE 1.5 (arXiv 2508.00413)"
 LITEVAE_PAPER = "LiteVAE (arXiv 2405.14477)"
+DITO_PAPER = "DiTo (arXiv 2501.18593)"
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,28 @@ LITEVAE_TINY = dict(
     norm_num_groups=8,
 )
 
+# Widths of the denoiser: 162.8, 338.5 and 620.9 million parameters. GLPTo is the paper's baseline of equal networks.
+DITO_SIZES = {"b": (128, 256, 512, 512), "l": (192, 384, 768, 768), "xl": (320, 640, 1024, 1024)}
+GLPTO = dict(prediction="pixels", num_inference_steps=1)
+DITO_TINY = dict(
+    encoder_widths=(8, 16, 16, 32),
+    encoder_layers=1,
+    mid_block_add_attention=False,
+    norm_num_groups=8,
+    decoder_widths=(16, 32, 32),
+    decoder_layers=1,
+    patch_size=2,
+    num_inference_steps=4,
+)
+SWYCC_TINY = dict(
+    widths=(8, 16, 16, 32),
+    layers=1,
+    decoder_widths=(16, 32, 32),
+    decoder_layers=1,
+    patch_size=2,
+    num_inference_steps=2,
+)
+
 F32 = (128, 256, 512, 512, 1024, 1024)
 F64 = (*F32, 2048)
 F128 = (*F64, 2048)
@@ -182,6 +205,15 @@ _PRESETS = [
     Preset("litevae-b-f16c16", "LiteVAE", _litevae("b", 4, 16), "ours, after LiteVAE"),
     Preset("litevae-b-f32c32", "LiteVAE", _litevae("b", 5, 32), "ours, after LiteVAE"),
     Preset("litevae-tiny", "LiteVAE", LITEVAE_TINY, "ours, for tests"),
+    *[Preset(f"dito-{size}-f8c4", "DiTo", dict(decoder_widths=w), DITO_PAPER) for size, w in DITO_SIZES.items()],
+    *[
+        Preset(f"glpto-{size}-f8c4", "DiTo", dict(decoder_widths=widths, **GLPTO), DITO_PAPER)
+        for size, widths in DITO_SIZES.items()
+    ],
+    Preset("dito-tiny", "DiTo", DITO_TINY, "ours, for tests"),
+    Preset("swycc-f8c4", "SWYCC", {}, "ours, after SWYCC (arXiv 2409.02529)"),
+    Preset("swycc-f8c16", "SWYCC", dict(latent_channels=16), "ours, after SWYCC (arXiv 2409.02529)"),
+    Preset("swycc-tiny", "SWYCC", SWYCC_TINY, "ours, for tests"),
 ]
 PRESETS = {preset.name: preset for preset in _PRESETS}
 

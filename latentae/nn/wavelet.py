@@ -35,7 +35,7 @@ def dwt2(x: Tensor, wavelet: str = "haar", mode: str = "periodization") -> Bands
         cA, cH, cV, cD, each (B, C, h, w) with h = ceil(H / 2) for "periodization" and (H + L - 1) // 2 for the others.
 
     Raises:
-        RequestError: no such wavelet or mode, or an image without pixels.
+        RequestError: no such wavelet or mode, or no tensor, or an image without pixels.
     """
     _check(x, mode, 4)
     if wavelet in HAAR:
@@ -58,7 +58,8 @@ def idwt2(cA: Tensor, cH: Tensor, cV: Tensor, cD: Tensor, wavelet: str = "haar",
     Raises:
         RequestError: no such wavelet or mode, or bands that differ in shape or are too small for the wavelet.
     """
-    _check(cA, mode, 4)
+    for band in (cA, cH, cV, cD):
+        _check(band, mode, 4)
     if not cA.shape == cH.shape == cV.shape == cD.shape:
         shapes = ", ".join(str(tuple(band.shape)) for band in (cA, cH, cV, cD))
         raise RequestError(f"The four bands must have one shape, not {shapes}.")
@@ -81,8 +82,8 @@ def wavedec2(x: Tensor, wavelet: str = "haar", mode: str = "periodization", leve
         RequestError: as `dwt2`; ``levels`` below 1 or a side below 2^levels.
     """
     _check(x, mode, 4)
-    if levels < 1:
-        raise RequestError(f"levels must be at least 1, not {levels}.")
+    if not isinstance(levels, int) or levels < 1:
+        raise RequestError(f"levels must be a whole number of at least 1, not {levels!r}.")
     if min(x.shape[-2:]) < 2**levels:
         size = " x ".join(map(str, x.shape[-2:]))
         raise RequestError(f"A wavelet transform of {levels} levels needs sides of at least {2**levels}, not {size}.")
@@ -266,6 +267,8 @@ def find_filters(wavelet: str) -> Filters:
     """
     import pywt
 
+    if not isinstance(wavelet, str):
+        raise RequestError(f"A wavelet is given by its name, such as 'db2', not as {type(wavelet).__name__}.")
     if wavelet in (names := pywt.wavelist(kind="discrete")):
         return Filters(*map(tuple, pywt.Wavelet(wavelet).filter_bank))
     if any(wavelet.startswith(name) for name in pywt.wavelist(kind="continuous")):
@@ -276,8 +279,10 @@ def find_filters(wavelet: str) -> Filters:
 
 
 def _check(x: Tensor, mode: str, dims: int) -> None:
+    shape = "(B, C, H, W)" if dims == 4 else "(B, C, T, H, W)"
+    if not isinstance(x, Tensor):
+        raise RequestError(f"A wavelet transform needs a torch tensor of floats {shape}, not {type(x).__name__}.")
     if x.ndim != dims or not x.is_floating_point() or 0 in x.shape[2:]:
-        shape = "(B, C, H, W)" if dims == 4 else "(B, C, T, H, W)"
         raise RequestError(f"A wavelet transform needs floats {shape}, not {tuple(x.shape)} of {x.dtype}.")
     if mode not in MODES:
         import pywt

@@ -3,12 +3,24 @@
 from latentae.objectives.adversarial import Adversary
 from latentae.objectives.alignment import Alignment
 from latentae.objectives.discriminators import BlurPatchGAN, Discriminator, PatchGAN, PatchGAN3D, UNetGAN
+from latentae.objectives.flow import (
+    Denoised,
+    Denoising,
+    FlowMatching,
+    Initial,
+    LogitNormalTimes,
+    LossByTime,
+    PureNoise,
+    Times,
+    UniformTimes,
+)
 from latentae.objectives.frequency import FocalFrequency, GaussianDetail, HaarDetail
 from latentae.objectives.latent_transforms import (
     ChannelPrefix,
     Equivariance,
     LatentNoise,
     LatentTransform,
+    NoiseSynchronization,
     ScaleOnly,
     check_transforms,
 )
@@ -28,19 +40,29 @@ __all__ = [
     "BlurPatchGAN",
     "ChannelPrefix",
     "Charbonnier",
+    "Denoised",
+    "Denoising",
     "Discriminator",
     "Equivariance",
+    "FlowMatching",
     "FocalFrequency",
     "GaussianDetail",
     "HaarDetail",
+    "Initial",
     "LatentNoise",
     "LatentTransform",
+    "LogitNormalTimes",
+    "LossByTime",
+    "NoiseSynchronization",
     "Objective",
     "PatchGAN",
     "PatchGAN3D",
+    "PureNoise",
     "ScaleOnly",
     "Step",
     "Term",
+    "Times",
     "UNetGAN",
+    "UniformTimes",
     "check_transforms",
 ]

@@ -10,15 +10,21 @@ from abc import ABC, abstractmethod
 from typing import Any, Literal
 
 import torch
-import torch.distributed
 from torch import Tensor
 
 from latentae.errors import RequestError
 from latentae.nn.equivariance import Interpolation, Size, ratio_of, scaled_lengths, scaled_size, transform
+from latentae.objectives.draws import of_this_rank, per_image
 
 
 class LatentTransform(ABC):
-    """One change of the pair; a subclass overrides what it needs."""
+    """One change of the pair; a subclass overrides what it needs.
+
+    Attributes:
+        earliest: the least diffusion time (B,) at which its images may be decoded; None where any is right.
+    """
+
+    earliest: Tensor | None = None
 
     def check(self, autoencoder: Any) -> None:  # noqa: B027  (a transform may have nothing to refuse)
         """Refuse an autoencoder or arguments that cannot be, with a `RequestError`, before the training begins."""
@@ -164,7 +170,7 @@ class LatentNoise(LatentTransform):
     ============= ==================================== ======================================================
 
     t is drawn for each image. ``std`` is in units of the raw latents; without a KL term or a norm an encoder
-    outgrows any noise. DiTo's noise synchronisation is more than the third row: it also tells its diffusion decoder t.
+    outgrows any noise. Diffusion decoders have `NoiseSynchronization`, which also tells the decoder t.
 
     Args:
         std: the scale of the noise.
@@ -191,20 +197,42 @@ class LatentNoise(LatentTransform):
 
     def __call__(self, latents: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         per_image = latents.flatten(1)[:, 0].view(-1, *[1] * (latents.ndim - 1))  # (B, 1, …, 1)
-        noise = self.std * _of_this_rank(torch.randn, latents)
-        t = torch.ones_like(per_image) if self.kind == "fixed" else _of_this_rank(torch.rand, per_image)
+        noise = self.std * of_this_rank(torch.randn, latents)
+        t = torch.ones_like(per_image) if self.kind == "fixed" else of_this_rank(torch.rand, per_image)
         kept = 1 - t if self.kind == "interpolated" else 1
-        hit = _of_this_rank(torch.rand, per_image) < self.prob
+        hit = of_this_rank(torch.rand, per_image) < self.prob
         return torch.where(hit, kept * latents + t * noise, latents), target
 
 
-def _of_this_rank(draw: Any, like: Tensor) -> Tensor:
-    """Random numbers in the shape of ``like``: this rank's part of what one rank with the whole batch would draw."""
-    rank, ranks = 0, 1
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    drawn = draw(ranks * len(like), *like.shape[1:], device=like.device, dtype=like.dtype)
-    return drawn.chunk(ranks)[rank]
+class NoiseSynchronization(LatentTransform):
+    """DiTo's noise synchronisation (arXiv 2501.18593): noisy latents decode the noisier part of the way.
+
+    A share of the images gets latents ``(1 - τ) z + τ ε`` with τ ~ U(0, 1) and ε ~ N(0, I), on the same path as the
+    pixels, and its diffusion times lie between τ and 1. So a diffusion model on these latents is asked for less detail
+    at high noise; the paper's gFID of DiT-XL falls from 7.57 to 6.29. Latents must be of about unit variance, as layer
+    norm makes them.
+
+    Args:
+        prob: share of the images.
+    """
+
+    def __init__(self, prob: float = 0.1):
+        self.prob = prob
+
+    def check(self, autoencoder: Any) -> None:
+        if not 0 < self.prob <= 1:
+            raise RequestError(f"NoiseSynchronization needs a prob in (0, 1], got {self.prob}.")
+        if not getattr(autoencoder, "samples", False):
+            raise RequestError(
+                f"NoiseSynchronization is for diffusion decoders, which {type(autoencoder).__name__} has not: leave it "
+                "out of model.latent_transforms, or take LatentNoise with kind interpolated."
+            )
+
+    def __call__(self, latents: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        drawn, chance = (of_this_rank(torch.rand, per_image(latents)) for _ in range(2))
+        self.earliest = torch.where(chance < self.prob, drawn, 0.0)
+        tau = self.earliest.view(-1, *[1] * (latents.ndim - 1)).to(latents.dtype)  # (B, 1, 1, 1)
+        return (1 - tau) * latents + tau * of_this_rank(torch.randn, latents), target
 
 
 class ChannelPrefix(LatentTransform):

@@ -25,6 +25,8 @@ class Step:
         posterior: the distribution from ``encode(pixels).latent_dist``, with gradient; None where a term needs none.
         latents: what was decoded, (B, C, h, w), unscaled, with gradient; None where a term needs none.
         encoded: the pixels that the posterior is of; None where they are the target.
+        times: of a diffusion decoder, whose estimate at the time of each image the reconstruction is, (B,).
+        base: the first image of a family with two decoders, (B, 3, H, W).
     """
 
     target: Tensor
@@ -32,6 +34,8 @@ class Step:
     posterior: Any = None
     latents: Tensor | None = None
     encoded: Tensor | None = None
+    times: Tensor | None = None
+    base: Tensor | None = None
 
     def at_least_float32(self) -> "Step":
         """The same step with half precision pixels widened; float64 stays."""

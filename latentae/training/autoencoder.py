@@ -6,6 +6,7 @@ uninterrupted one.
 """
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytorch_lightning as pl
@@ -20,7 +21,17 @@ from latentae.codec import posterior_of, spatial_ratio
 from latentae.errors import DataError, RequestError
 from latentae.metrics.image import LPIPSMetric, psnr, ssim
 from latentae.nn.pixels import to_float, to_uint8
-from latentae.objectives import Adversary, LatentTransform, Objective, Step, Term, check_transforms
+from latentae.objectives import (
+    Adversary,
+    Denoising,
+    FlowMatching,
+    LatentTransform,
+    LossByTime,
+    Objective,
+    Step,
+    Term,
+    check_transforms,
+)
 from latentae.training.ema import AutoencoderEMA
 from latentae.training.latents import compile_networks, draw_latents
 from latentae.training.optimization import (
@@ -58,6 +69,7 @@ class AutoencoderModule(pl.LightningModule):
         trainable: dotted name prefixes of what trains, such as ``decoder.conv_out``; None trains all.
         ema: decay of the averaged weights, which are validated and loaded; None for no averaging.
         latent_transforms: changes of what is decoded and of what it must decode to, in this order, such as EQ-VAE's.
+        denoising: of a diffusion decoder: how times are drawn, or a distillation; evenly drawn times by default.
         optimizer: class and arguments, for the trained parameters; norms and biases are undecayed.
         schedule: learning rate by step, for both optimizers; constant by default.
         gradient_clip: largest norm of the gradient, of each network apart; None for no limit.
@@ -81,6 +93,7 @@ class AutoencoderModule(pl.LightningModule):
         trainable: list[str] | None = None,
         ema: float | None = 0.999,
         latent_transforms: list[LatentTransform] | None = None,
+        denoising: Denoising | None = None,
         optimizer: OptimizerFactory = adamw,
         schedule: Schedule | None = None,
         gradient_clip: float | None = 1.0,
@@ -115,6 +128,10 @@ class AutoencoderModule(pl.LightningModule):
         self.seed = seed
 
         select_trainable(self.autoencoder, trainable)
+        self.denoising = denoising or (Denoising() if getattr(built, "samples", False) else None)
+        if self.denoising:
+            self.denoising.check(built)
+        self.loss_by_time = LossByTime()
         self.window = Window()
         self.samples_seen = 0  # images of all ranks, up to the last step that ended
         self.skipped_steps = 0
@@ -141,11 +158,12 @@ class AutoencoderModule(pl.LightningModule):
         latents = draw_latents(posterior, self.trainer.global_rank, self.trainer.world_size)
         for transform in self.latent_transforms:
             latents, pixels = transform(latents, pixels)
-        decoded: Any = self.autoencoder.decode(latents) if self.decodes else DecoderOutput(sample=latents.new_empty(0))
-        reconstruction = decoded.sample
+        earliest = [transform.earliest for transform in self.latent_transforms if transform.earliest is not None]
+        step, decoded = self.decode(Step(pixels, latents.new_empty(0), posterior, latents, encoded), *earliest)
+        pixels, reconstruction = step.target, step.reconstruction
 
-        step = Step(pixels, reconstruction, posterior, latents, encoded)
         loss, values = self.objective(step)
+        self.collect_by_time(step)
         if decoded.get("commit_loss") is not None:  # of a codebook, which learns from nothing else
             values["commitment"] = decoded.commit_loss.mean()
             loss = loss + values["commitment"]
@@ -201,6 +219,25 @@ class AutoencoderModule(pl.LightningModule):
         self.log_values(values)
 
     # Details of a step
+
+    def decode(self, step: Step, earliest: Tensor | None = None) -> tuple[Step, Any]:
+        """The step with its reconstruction, and the decoder's output; a diffusion decoder's is one estimate."""
+        decoded: Any = DecoderOutput(sample=step.reconstruction)
+        assert step.latents is not None
+        if self.denoising:
+            one = self.denoising(self.autoencoder, step.latents, step.target, earliest)
+            step = replace(step, target=one.target, reconstruction=one.clean, times=one.times, base=one.base)
+        elif self.decodes:
+            decoded = self.autoencoder.decode(step.latents)
+            step = replace(step, reconstruction=decoded.sample)
+        return step, decoded
+
+    def collect_by_time(self, step: Step) -> None:
+        """Keep the diffusion loss of each image by its time, for the log."""
+        for term in self.objective.values():
+            if isinstance(term, FlowMatching) and step.times is not None:
+                with torch.no_grad():
+                    self.loss_by_time.add(step.times, term.by_image(step))
 
     @property
     def decodes(self) -> bool:
@@ -290,6 +327,7 @@ class AutoencoderModule(pl.LightningModule):
             logged = {f"train/{name}": float(value) for name, value in values.items()}
             logged["train/learning_rate"] = trainer.optimizers[0].param_groups[0]["lr"]
             logged["train/skipped_steps"] = self.skipped_steps
+            logged |= self.loss_by_time.means("train/loss")
             self.log_dict(logged, logger=False)
             for logger in self.loggers:
                 logger.log_metrics(logged, step=self.global_step)
@@ -309,15 +347,23 @@ class AutoencoderModule(pl.LightningModule):
     def validation_step(self, batch: dict[str, Any], batch_index: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Reconstruct ``batch["pixels"]`` from the mode; logs every term, and PSNR, SSIM and LPIPS of uint8 pixels.
 
-        LPIPS (``lpips_alex``) needs AlexNet's weights on this machine. The names end in ``@SIZE`` if there is more
-        than one size.
+        A diffusion decoder's terms are those of draws that are the same in every validation, the rest is of samples
+        from the canvas of noise. LPIPS (``lpips_alex``) needs AlexNet's weights on this machine. The names end in
+        ``@SIZE`` if there is more than one size.
         """
         original = batch["pixels"]
         pixels = to_float(original).to(self.dtype)
         posterior = posterior_of(self.autoencoder.encode(pixels))
         latents = posterior.mode()
-        reconstruction = self.autoencoder.decode(latents).sample
-        _, values = self.objective(Step(pixels, reconstruction, posterior, latents))
+        if self.denoising:
+            with torch.random.fork_rng():
+                torch.manual_seed(batch_index)
+                step, _ = self.decode(Step(pixels, latents.new_empty(0), posterior, latents))
+            reconstruction = self.autoencoder.decode(latents, num_inference_steps=self.val_steps).sample
+        else:
+            reconstruction = self.autoencoder.decode(latents).sample
+            step = Step(pixels, reconstruction, posterior, latents)
+        _, values = self.objective(step)
         rounded = to_uint8(reconstruction)
         values |= {"psnr": psnr(rounded, original).mean(), "ssim": ssim(rounded, original).mean()}
         for name, metric in (self.perceptual_metrics or {}).items():
@@ -328,6 +374,12 @@ class AutoencoderModule(pl.LightningModule):
         if dataloader_idx == 0:
             self.log("step", float(self.global_step), batch_size=len(original), add_dataloader_idx=False)
         return {"pixels": original, "reconstruction": rounded, "latents": latents}
+
+    @property
+    def val_steps(self) -> int | None:
+        """Of samples in validation: few while training goes on, the configured number (None) at its end."""
+        assert self.denoising is not None
+        return None if self.trainer.state.fn == "validate" else self.denoising.val_steps
 
     def on_validation_epoch_start(self) -> None:
         if self.ema:

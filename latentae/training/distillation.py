@@ -1,6 +1,9 @@
-"""Distilling an encoder: a new one learns the latents of a frozen teacher and has its decoder, so denoisers stay right.
+"""Distilling one half of an autoencoder: the other is the teacher's, so that denoisers of its latents stay right.
 
-``model.autoencoder: {preset: litevae-..., decoder_of: TEACHER}`` builds the student, `LatentDistillation` trains it.
+- An encoder: ``model.autoencoder: {preset: litevae-..., decoder_of: TEACHER}`` builds the student, which learns the
+  latents of the frozen teacher by `LatentDistillation`.
+- A diffusion decoder: ``{preset: dito-..., encoder_of: TEACHER}`` learns to decode the latents of any AutoencoderKL.
+- One step: `StepDistillation` lets a diffusion decoder do in one step what its teacher does in several.
 """
 
 from typing import Any, Literal
@@ -12,7 +15,8 @@ from latentae.codec import LatentCodec
 from latentae.errors import RequestError
 from latentae.loading import load
 from latentae.nn.precision import widen
-from latentae.objectives import Step, Term
+from latentae.objectives import Denoised, Denoising, PureNoise, Step, Term
+from latentae.objectives.draws import of_this_rank, per_image
 
 NORMALISATION = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 
@@ -68,6 +72,62 @@ class LatentDistillation(Term):
             )
         distance = (mean - wanted).square() + (spread - wanted_spread).square()
         return (distance * scale.square()).mean()
+
+
+class StepDistillation(Denoising):
+    """The estimate from pure noise learns the sample that a frozen teacher makes of the same noise and latents.
+
+    The target of all terms, and what an adversary sees as real, is the teacher's sample. The student begins with the
+    teacher's weights (``model.autoencoder.pretrained: TEACHER``), its encoder stays as it is, and what is saved decodes
+    in one step.
+
+    Args:
+        teacher: a diffusion autoencoder, or what `latentae.load` opens: a folder, a hub id, a run, a checkpoint.
+        steps: of the teacher; facts on SSDD give 7.
+        precision: of the teacher's arithmetic.
+
+    Raises:
+        MissingWeights: there is no such teacher.
+        RequestError: it has no diffusion decoder, or the student's encoder would train.
+    """
+
+    def __init__(
+        self,
+        teacher: str | nn.Module,
+        steps: int = 8,
+        precision: Literal["float32", "bfloat16", "float16"] = "float32",
+    ):
+        super().__init__(PureNoise(), val_steps=1)
+        if steps < 1:
+            raise RequestError(f"StepDistillation needs at least one step of the teacher, not {steps}.")
+        model: Any = teacher if isinstance(teacher, nn.Module) else load(teacher)
+        super().check(model)
+        self.teacher = (model.requires_grad_(False).eval().to(getattr(torch, precision)),)  # a tuple hides it
+        self.steps = steps
+
+    def check(self, autoencoder: Any) -> None:
+        super().check(autoencoder)
+        (teacher,) = self.teacher
+        if any(parameter.requires_grad for parameter in autoencoder.encoder.parameters()):
+            raise RequestError(
+                "StepDistillation keeps the latents as they are, so the encoder must not train: set model.trainable to "
+                "[decoder]."
+            )
+        if teacher.latent_channels != autoencoder.latent_channels:
+            raise RequestError(
+                f"The teacher of StepDistillation decodes {teacher.latent_channels} latent channels, the autoencoder "
+                f"in training {autoencoder.latent_channels}: start from the teacher, as model.autoencoder.pretrained."
+            )
+        autoencoder.register_to_config(num_inference_steps=1)
+
+    def __call__(self, autoencoder: Any, latents: Tensor, target: Tensor, earliest: Tensor | None = None) -> Denoised:
+        teacher = self.teacher[0].to(latents.device)
+        noise = of_this_rank(torch.randn, widen(target))
+        with torch.no_grad():
+            sample = widen(teacher.sample(latents.to(teacher.dtype), noise, self.steps))
+        times = self.times.draw(per_image(target))
+        condition = autoencoder.condition(latents)
+        return Denoised(sample, autoencoder.denoise(noise, times, condition), times, condition.base)
 
 
 def _gaussian(posterior: Any) -> tuple[Tensor, Tensor]:
@@ -148,9 +208,57 @@ def _decoder_arguments(teacher: Any, name: str) -> dict[str, Any]:
     return {**arguments, **normalisation}
 
 
+def with_encoder_arguments(arguments: dict[str, Any], teacher: Any, name: str) -> dict[str, Any]:
+    """The arguments of a DiTo, with those that give it the teacher's encoder and the shape and scale of its latents.
+
+    Args:
+        teacher: an ``AutoencoderKL``.
+        name: what the teacher is called in errors.
+
+    Raises:
+        RequestError: DiTo cannot have this encoder, or ``arguments`` ask for another.
+    """
+    config = teacher.config
+    kind = type(teacher).__name__
+    if kind != "AutoencoderKL" or set(config["down_block_types"]) != {"DownEncoderBlock2D"}:
+        raise RequestError(
+            f"model.autoencoder.encoder_of {name} is of the class {kind}; DiTo can have the encoder of an "
+            "AutoencoderKL of DownEncoderBlock2D."
+        )
+    channels = config["latent_channels"]
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    given = {
+        "latent_channels": channels,
+        "encoder_widths": config["block_out_channels"],
+        "encoder_layers": config["layers_per_block"],
+        "norm_num_groups": config["norm_num_groups"],
+        "mid_block_add_attention": config["mid_block_add_attention"],
+        "use_quant_conv": config["use_quant_conv"],
+        "force_upcast": config["force_upcast"],
+        "latent_regularizer": "kl",
+        "condition_mean": mean or (config.get("shift_factor") or 0.0,) * channels,
+        "condition_std": std or (1 / config["scaling_factor"],) * channels,
+        **{key: config[key] for key in NORMALISATION if config.get(key) is not None},
+    }
+    for key, value in arguments.items():
+        if key in given and value != given[key]:
+            raise RequestError(
+                f"model.autoencoder.{key} is {value}, but {given[key]} in encoder_of {name}: leave it out."
+            )
+    return {**arguments, **given}
+
+
+def take_encoder(autoencoder: nn.Module, teacher: Any) -> None:
+    """Copy the weights of the teacher's encoder, and of the convolution after it if it has one."""
+    _take(autoencoder, teacher, ("encoder.", "quant_conv."))
+
+
 def take_decoder(autoencoder: nn.Module, teacher: Any) -> None:
     """Copy the weights of the teacher's decoder, and of the convolution before it if it has one."""
-    parts = ("decoder.", "post_quant_conv.")
+    _take(autoencoder, teacher, ("decoder.", "post_quant_conv."))
+
+
+def _take(autoencoder: nn.Module, teacher: Any, parts: tuple[str, ...]) -> None:
     weights = {key: value for key, value in teacher.state_dict().items() if key.startswith(parts)}
     own = {key for key in autoencoder.state_dict() if key.startswith(parts)}
     assert own == set(weights), own ^ set(weights)

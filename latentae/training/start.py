@@ -16,10 +16,14 @@ from latentae.families.presets import create, family_class, find_preset
 from latentae.loading import load
 from latentae.loading.opening import LAST_CHECKPOINT
 from latentae.nn.padding import padding_mode, set_padding_mode
-from latentae.training.distillation import take_decoder, with_decoder_arguments
+from latentae.training.distillation import take_decoder, take_encoder, with_decoder_arguments, with_encoder_arguments
 from latentae.weights import open_state_dict
 
-OPTIONS = ("init_from", "decoder_of", "padding_mode")
+OPTIONS = ("init_from", "decoder_of", "encoder_of", "padding_mode")
+HALVES = {
+    "decoder_of": ("LiteVAE", with_decoder_arguments, take_decoder),
+    "encoder_of": ("DiTo", with_encoder_arguments, take_encoder),
+}
 SOURCES = {"preset": "name of a preset", "pretrained": "folder or hub id to start from", "diffusers": "class"}
 
 
@@ -30,15 +34,17 @@ def build_autoencoder(description: dict[str, Any], seed: int = 0) -> nn.Module:
         description: ``{preset: NAME, **changed arguments}`` or ``{diffusers: CLASS, **arguments}`` for random weights,
             or ``{pretrained: FOLDER or hub id}``; each with ``init_from``: anything that `latentae.load` opens, of
             runs the averaged weights. A preset of LiteVAE also with ``decoder_of``: an AutoencoderKL, AutoencoderTiny
-            or LiteVAE, whose decoder and whose latents' shape and scale it then has. ``padding_mode: reflect`` lets
-            every convolution reflect its borders; left out, it is that of the weights that are taken.
+            or LiteVAE, whose decoder and whose latents' shape and scale it then has; a preset of DiTo with
+            ``encoder_of``: an AutoencoderKL. ``padding_mode: reflect`` lets every convolution reflect its borders;
+            left out, it is that of the weights that are taken.
         seed: of random weights.
 
     Raises:
         RequestError: none or several of the three, a key that the class does not have, a decoder that it cannot have.
     """
     arguments = dict(description)
-    init_from, decoder_of, padding = (arguments.pop(key, None) for key in OPTIONS)
+    given = {key: arguments.pop(key, None) for key in OPTIONS}
+    init_from, padding = given["init_from"], given["padding_mode"]
     named = [source for source in SOURCES if source in arguments]
     if len(named) != 1:
         near = [key for key in arguments if get_close_matches(key, SOURCES, n=1)]
@@ -54,14 +60,14 @@ def build_autoencoder(description: dict[str, Any], seed: int = 0) -> nn.Module:
             near = get_close_matches(key, [*known, *SOURCES, *OPTIONS], n=1)
             hint = f"; did you mean {near[0]}?" if near else "."
             raise RequestError(f"model.autoencoder has no key {key!r} for {kind} {source}{hint}")
-    teacher = None
-    if decoder_of is not None:
-        if getattr(make, "__name__", None) != "LiteVAE":
-            raise RequestError(
-                f"model.autoencoder.decoder_of needs a preset of LiteVAE beside it, not {kind} {source}."
-            )
-        teacher = load(decoder_of)
-        arguments = with_decoder_arguments(arguments, teacher, str(decoder_of))
+    teacher, take = None, take_decoder
+    for option, (family, with_arguments, take_half) in HALVES.items():
+        if given[option] is None:
+            continue
+        if getattr(make, "__name__", None) != family:
+            raise RequestError(f"model.autoencoder.{option} needs a preset of {family} beside it, not {kind} {source}.")
+        teacher, take = load(given[option]), take_half
+        arguments = with_arguments(arguments, teacher, str(given[option]))
     if make is None:
         autoencoder = load(source)
     elif kind == "preset":
@@ -74,7 +80,7 @@ def build_autoencoder(description: dict[str, Any], seed: int = 0) -> nn.Module:
     if earlier is not None:
         take_weights(autoencoder, earlier, str(init_from))
     if teacher is not None:
-        take_decoder(autoencoder, teacher)
+        take(autoencoder, teacher)
     if padding is None and any(padding_mode(model) == "reflect" for model in (earlier, teacher) if model is not None):
         padding = "reflect"
     if padding is not None:

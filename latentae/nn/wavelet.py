@@ -35,7 +35,7 @@ def dwt2(x: Tensor, wavelet: str = "haar", mode: str = "periodization") -> Bands
         cA, cH, cV, cD, each (B, C, h, w) with h = ceil(H / 2) for "periodization" and (H + L - 1) // 2 for the others.
 
     Raises:
-        RequestError: no such wavelet or mode, or no tensor, or an image without pixels.
+        RequestError: no such wavelet or mode, or what is no image of floats.
     """
     _check(x, mode, 4)
     if wavelet in HAAR:

@@ -4,6 +4,7 @@ from latentae.objectives.adversarial import Adversary
 from latentae.objectives.alignment import Alignment
 from latentae.objectives.discriminators import BlurPatchGAN, Discriminator, PatchGAN, PatchGAN3D, UNetGAN
 from latentae.objectives.flow import (
+    CosineTimes,
     Denoised,
     Denoising,
     FlowMatching,
@@ -40,6 +41,7 @@ __all__ = [
     "BlurPatchGAN",
     "ChannelPrefix",
     "Charbonnier",
+    "CosineTimes",
     "Denoised",
     "Denoising",
     "Discriminator",

@@ -5,6 +5,7 @@ every other term are those of the other families; `FlowMatching` is the diffusio
 first image of a family with two decoders.
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -49,6 +50,14 @@ class LogitNormalTimes(Times):
 
     def draw(self, like: Tensor) -> Tensor:
         return torch.sigmoid(self.mean + self.std * of_this_rank(torch.randn, like))
+
+
+class CosineTimes(Times):
+    """Evenly in the angle of the cosine path, whose sine and cosine scale noise and image: t = sin / (sin + cos)."""
+
+    def draw(self, like: Tensor) -> Tensor:
+        angle = of_this_rank(torch.rand, like) * (math.pi / 2)
+        return angle.sin() / (angle.sin() + angle.cos())
 
 
 class PureNoise(Times):
@@ -188,13 +197,14 @@ class LossByTime:
     """Means of a loss over the tenths of time, collected over several steps."""
 
     def __init__(self) -> None:
-        self._sums = torch.zeros(2, 10, dtype=torch.float64)
+        self._sums = torch.zeros(2, 10)
 
     def add(self, times: Tensor, losses: Tensor) -> None:
         """Take in times (B,) and the loss of each."""
-        tenth = (times.detach().cpu() * 10).long().clamp(0, 9)
-        values = torch.stack([losses.detach().cpu().double(), torch.ones(len(tenth), dtype=torch.float64)])
-        self._sums.index_add_(1, tenth, values)
+        self._sums = self._sums.to(times.device)  # where adding needs no synchronisation
+        tenth = (times.detach() * 10).long().clamp(0, 9)
+        losses = losses.detach().float()
+        self._sums.index_add_(1, tenth, torch.stack([losses, torch.ones_like(losses)]))
 
     def means(self, name: str) -> dict[str, float]:
         """``{name}_t0`` for times below 0.1 to ``{name}_t9``, of those that there were; the collection starts anew."""

@@ -9,7 +9,8 @@ import importlib
 import inspect
 import re
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -98,10 +99,10 @@ def _set(node: dict[str, Any], path: list[str], value: Any) -> None:
     if "class_path" in node and path[0] not in CLASS_KEYS:
         node = node.setdefault("init_args", {})
     key = path[0].removesuffix("+")
-    if len(path) == 1:
-        node[key] = [*node.get(key, []), value] if path[0].endswith("+") else value
-        return
     child = node.get(key)
+    if len(path) == 1:
+        node[key] = [*node.get(key, []), value] if path[0].endswith("+") else _with_class_of(child, value)
+        return
     if isinstance(child, list) and child:  # arguments of the class that was appended last
         child[-1] = child = {"class_path": child[-1]} if isinstance(child[-1], str) else child[-1]
     elif isinstance(child, str):  # a class that was given by name alone
@@ -109,6 +110,16 @@ def _set(node: dict[str, Any], path: list[str], value: Any) -> None:
     elif not isinstance(child, dict):
         child = node[key] = {}
     _set(child, path[1:], value)
+
+
+def _with_class_of(before: Any, value: Any) -> Any:
+    """A mapping of arguments in one option keeps the class that they are for, as jsonargparse does."""
+    if isinstance(before, dict) and "class_path" in before and isinstance(value, str) and value.startswith("{"):
+        with suppress(yaml.YAMLError):
+            arguments = yaml.safe_load(value)
+            if "class_path" not in arguments:
+                return {"class_path": before["class_path"], "init_args": arguments.get("init_args", arguments)}
+    return value
 
 
 def check_keys(config: Mapping[str, Any], known: Mapping[str, Any]) -> None:
@@ -178,6 +189,8 @@ def _check_value(value: Any, annotation: Any, where: str) -> None:
             raise _unknown(wrong[0], f"{where}.", CLASS_KEYS)
         cls = _find_class(value["class_path"], ours, where)
         _check_arguments(value.get("init_args") or {}, cls, f"{where}.")
+    elif isinstance(value, Mapping) and (choices := {cls.__name__ for cls in _subclasses(ours[0])}):
+        raise RequestError(f"{where} names no class; {_listed(choices)}")
     elif isinstance(value, Mapping) and "init_args" not in value:
         _check_arguments(value, ours[0], f"{where}.")
 
@@ -225,10 +238,14 @@ def _subclasses(cls: type) -> list[type]:
 def _unknown(key: Any, where: str, known: Any) -> RequestError:
     names = [name for name in known if name != "self"]
     near = get_close_matches(str(key), names, n=1)
-    listed = ", ".join(sorted(names)[:30]) + (" and others" if len(names) > 30 else "")
-    hint = f"did you mean {near[0]}?" if near else f"known are {listed}."
+    hint = f"did you mean {near[0]}?" if near else _listed(names)
     place = f"{where}{key}" if not where.endswith(" ") else f"{where}{key!r}"
     return RequestError(f"{place} is unknown; {hint}")
+
+
+def _listed(names: Collection[str]) -> str:
+    public = sorted(name for name in names if not name.startswith("_"))
+    return f"known are {', '.join(public[:30])}{' and others' if len(public) > 30 else ''}."
 
 
 def explain_value(message: str) -> str:

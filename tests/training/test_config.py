@@ -53,6 +53,7 @@ MISSPELT_OPTIONS = {
     "--model.objective.l1.init_args.wieght=2": "model.objective.l1.wieght is unknown; did you mean weight?",
     "--model.objective.l2=null": "model.objective.l2 is unknown; known are l1.",
     "--model.objective.new=LPIP": "model.objective.new names a class; 'LPIP' is unknown; did you mean LPIPS?",
+    "--model.objective.l1={wieght: 2}": "model.objective.l1.wieght is unknown; did you mean weight?",
     "--model.adversary.wait=3": "model.adversary.wait is unknown; did you mean weight?",
     "--model.adversary.discriminator.chanels=3": (
         "model.adversary.discriminator.chanels is unknown; did you mean channels?"
@@ -63,6 +64,21 @@ MISSPELT_OPTIONS = {
         "trainer.callbacks names a class; 'ModelCheckpiont' is unknown; did you mean ModelCheckpoint?"
     ),
 }
+
+
+@pytest.mark.parametrize(
+    ("option", "start", "known"),
+    [
+        ("--model.objective.new={weight: 3}", "model.objective.new names no class; known are ", "Charbonnier, "),
+        ("--model.latent_transforms+={eq_prob: .5}", "model.latent_transforms names no class; ", "Equivariance, "),
+        ("--model.latent_transforms=[{eq_prob: .5}]", "model.latent_transforms names no class; ", "Equivariance, "),
+    ],
+)
+def test_arguments_without_a_class_are_told_the_classes(recipe, option, start, known):
+    with pytest.raises(RequestError) as caught:
+        parse("--config", recipe(), option)
+    assert str(caught.value).startswith(start)
+    assert known in str(caught.value)
 
 
 @pytest.mark.parametrize("option", MISSPELT_OPTIONS)
@@ -168,6 +184,8 @@ def test_options_change_a_recipe_with_and_without_init_args(recipe):
     assert model.optimizer.init_args.lr == 1e-5
     assert model.autoencoder == {"preset": "dc-ae-tiny", "latent_channels": 4}
     assert config.data.workers == 0
+    model = parse("--config", recipe(), "--model.objective.l1={weight: 2}", "--model.optimizer={lr: 2}").model
+    assert (model.objective["l1"].init_args.weight, model.optimizer.init_args.lr) == (2, 2)
 
 
 def test_an_option_is_over_a_recipe_wherever_it_stands(recipe):

@@ -1,6 +1,7 @@
-"""The path between images and noise: conversions, diffusers' Euler scheduler, and a distribution known in closed form."""
+"""The path between images and noise: conversions, diffusers' Euler scheduler, a distribution in closed form."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -104,5 +105,5 @@ def test_samples_of_a_normal_distribution_have_its_mean_and_spread(noise):
         (solve(denoise, noise, times_of(steps)) - (mean + spread * noise)).abs().max().item() for steps in (40, 80, 160)
     ]
     assert errors[-1] < 0.02
-    for coarse, fine in zip(errors, errors[1:]):
+    for coarse, fine in pairwise(errors):
         assert math.log2(coarse / fine) == pytest.approx(1, abs=0.25), "Euler's method is of the first order"

@@ -1,4 +1,4 @@
-"""The denoiser is the consistency decoder's U-Net as diffusers has it, in the published sizes; the U-ViT's positions."""
+"""The denoiser is diffusers' U-Net of the consistency decoder, in the published sizes; the U-ViT's positions."""
 
 import numpy as np
 import pytest

@@ -19,6 +19,7 @@ from latentae.objectives.frequency import FocalFrequency, GaussianDetail, HaarDe
 from latentae.objectives.latent_transforms import (
     ChannelPrefix,
     Equivariance,
+    LatentMask,
     LatentNoise,
     LatentTransform,
     NoiseSynchronization,
@@ -51,6 +52,7 @@ __all__ = [
     "GaussianDetail",
     "HaarDetail",
     "Initial",
+    "LatentMask",
     "LatentNoise",
     "LatentTransform",
     "LogitNormalTimes",

@@ -204,6 +204,31 @@ class LatentNoise(LatentTransform):
         return torch.where(hit, kept * latents + t * noise, latents), target
 
 
+class LatentMask(LatentTransform):
+    """Masking: random positions of the latents are set to zero in all channels; the target stays.
+
+    l-DeTok (Yang et al., 2025, arXiv 2507.15856) leaves image patches out before a transformer encodes them, and its
+    decoder sees a learnt token in their place. A convolution cannot leave patches out, so here it is the latents that
+    are masked. The share of an image's positions is drawn as there, max(0, U(-0.1, ``most``)): some images stay whole.
+
+    Args:
+        most: the largest share.
+    """
+
+    def __init__(self, most: float = 0.7):
+        self.most = most
+
+    def check(self, autoencoder: Any) -> None:
+        if not 0 < self.most <= 1:
+            raise RequestError(f"LatentMask needs a largest share in (0, 1], got {self.most}.")
+
+    def __call__(self, latents: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        share = (of_this_rank(torch.rand, per_image(latents)) * (self.most + 0.1) - 0.1).clamp(min=0)
+        chance = of_this_rank(torch.rand, torch.empty_like(latents[:, :1], dtype=share.dtype))  # (B, 1, h, w)
+        kept = chance >= share.view(-1, *[1] * (latents.ndim - 1))
+        return latents * kept, target
+
+
 class NoiseSynchronization(LatentTransform):
     """DiTo's noise synchronisation (arXiv 2501.18593): noisy latents decode the noisier part of the way.
 

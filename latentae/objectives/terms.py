@@ -3,6 +3,7 @@
 A new term is one subclass of `Term` with a ``measure(step)``; a recipe names the class and nothing else changes.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -42,7 +43,7 @@ class Step:
         return replace(self, target=widen(self.target), reconstruction=widen(self.reconstruction))
 
 
-class Term(nn.Module):
+class Term(nn.Module, ABC):
     """One summand of the objective: a scalar, averaged over batch, channels and space, in float32 even under autocast.
 
     Args:
@@ -72,9 +73,9 @@ class Term(nn.Module):
         """The factor of the value in the sum; it depends on the step where a published reduction does."""
         return self.weight
 
+    @abstractmethod
     def measure(self, step: Step) -> Tensor:
-        """What a subclass defines: the unweighted value of a step whose pixels are float32 or float64."""
-        raise NotImplementedError
+        """The unweighted value of a step whose pixels are float32 or float64."""
 
 
 class Objective(nn.ModuleDict):

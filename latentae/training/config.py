@@ -189,7 +189,8 @@ def _check_value(value: Any, annotation: Any, where: str) -> None:
             raise _unknown(wrong[0], f"{where}.", CLASS_KEYS)
         cls = _find_class(value["class_path"], ours, where)
         _check_arguments(value.get("init_args") or {}, cls, f"{where}.")
-    elif isinstance(value, Mapping) and (choices := {cls.__name__ for cls in _subclasses(ours[0])}):
+    elif isinstance(value, Mapping) and inspect.isabstract(ours[0]):
+        choices = {cls.__name__ for cls in _subclasses(ours[0])}
         raise RequestError(f"{where} names no class; {_listed(choices)}")
     elif isinstance(value, Mapping) and "init_args" not in value:
         _check_arguments(value, ours[0], f"{where}.")

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from scipy import stats
 
 from latentae.errors import RequestError
-from latentae.objectives import ChannelPrefix, Equivariance, LatentNoise, ScaleOnly, check_transforms
+from latentae.objectives import ChannelPrefix, Equivariance, LatentMask, LatentNoise, ScaleOnly, check_transforms
 
 
 def pair(grid=(16, 16), ratio=4, batch=2):
@@ -137,6 +137,21 @@ def test_noise_has_the_spread_that_it_says():
     assert (each == 0).float().mean().item() == pytest.approx(0.75, abs=0.08)
 
 
+@pytest.mark.parametrize("shape", [(2000, 4, 6, 6), (2000, 3, 2, 3, 4)], ids=["images", "videos"])
+def test_masks_leave_out_whole_positions_in_shares_up_to_the_largest(shape):
+    target, latents = torch.rand(len(torch.zeros(shape)), 3, 2, 2), torch.ones(shape)
+    masked, same = LatentMask(most=0.7)(latents, target)
+    assert same is target
+    assert torch.equal(masked, masked[:, :1].expand(shape))  # all channels or none
+    assert set(masked.unique().tolist()) == {0.0, 1.0}
+    shares = 1 - masked[:, 0].flatten(1).mean(1)  # of each image
+    whole = 0.1 / 0.8 + 0.7 / 0.8 * sum(  # the draws below zero, and above it all positions kept by chance
+        (1 - (k + 0.5) * 0.7 / 1000) ** masked[0, 0].numel() for k in range(1000)
+    ) / 1000  # fmt: skip
+    assert abs((shares == 0).double().mean() - whole) < 0.03
+    assert abs(shares.mean() - 0.7 * 0.7 / 2 / 0.8) < 0.02  # E max(0, U(-0.1, 0.7))
+
+
 def test_noise_of_videos_and_of_half_precision():
     for kind in ("fixed", "uniform", "interpolated"):
         noisy, _ = LatentNoise(1.0, kind)(torch.zeros(2, 4, 3, 5, 5, dtype=torch.bfloat16), torch.zeros(1))
@@ -152,6 +167,7 @@ REFUSED = {
     "does not scale must rotate": [Equivariance(scales=None, rotations=False)],
     "needs lowres_prob 0": [Equivariance(scales=None, lowres_prob=0.1)],
     "std above 0": [LatentNoise(0.0)],
+    r"largest share": [LatentMask(0.0)],
     r"prob in \(0, 1\]": [LatentNoise(1.0, prob=2.0)],
     "Equivariance and ScaleOnly: only one": [Equivariance(), ScaleOnly()],
     "ChannelPrefix needs a decoder": [ChannelPrefix([4])],

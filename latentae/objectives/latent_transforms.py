@@ -14,6 +14,7 @@ from torch import Tensor
 
 from latentae.errors import RequestError
 from latentae.nn.equivariance import Interpolation, Size, ratio_of, scaled_lengths, scaled_size, transform
+from latentae.nn.padding import padding_mode
 from latentae.objectives.draws import of_this_rank, per_image
 
 
@@ -79,6 +80,7 @@ class Equivariance(LatentTransform):
         self.anisotropic = anisotropic
         self.rotations = rotations
         self.interpolation = interpolation
+        self.shortest = 1  # side of the latents
         self.kind: Literal["eq", "lowres", "plain"] = "plain"  # of this step, with the two that follow
         self.size: Size | None = None  # of the latents
         self.quarter_turns = 0
@@ -94,6 +96,8 @@ class Equivariance(LatentTransform):
             raise RequestError(f"{name}: scales must be a smallest and a largest factor in (0, 1], got {self.scales}.")
         if self.scales is None and (self.lowres_prob or not self.rotations):
             raise RequestError(f"{name} that does not scale must rotate, and needs lowres_prob 0: set scales.")
+        if padding_mode(autoencoder) == "reflect":  # which a side of one has nothing for
+            self.shortest = 2
 
     def prepare(self, pixels: Tensor, ratio: int) -> Tensor:
         height, width = pixels.shape[-2:]
@@ -111,7 +115,7 @@ class Equivariance(LatentTransform):
 
     def _draw_size(self, grid: Size, low: float, high: float) -> Size:
         sides = grid if self.anisotropic else (max(grid),)
-        choices = [scaled_lengths(side, low, high) for side in sides]
+        choices = [[n for n in scaled_lengths(side, low, high) if n >= self.shortest] for side in sides]
         if not all(choices):
             raise RequestError(
                 f"{type(self).__name__} finds no size between {low} and {high} of latents of {grid[0]}x{grid[1]}: "

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from scipy import stats
 
 from latentae.errors import RequestError
+from latentae.nn.padding import set_padding_mode
 from latentae.objectives import ChannelPrefix, Equivariance, LatentMask, LatentNoise, ScaleOnly, check_transforms
 
 
@@ -76,6 +77,14 @@ def test_a_low_resolution_step_scales_what_is_encoded_and_nothing_after():
 def test_a_plain_step_changes_nothing():
     for kind, encoded, after, prepared, target in steps(Equivariance(eq_prob=0), 3):
         assert (kind, encoded is after, prepared is target) == ("plain", True, True)
+
+
+def test_no_side_of_one_where_convolutions_reflect_their_borders(tiny_dcae):
+    for mode, expected in (("zeros", {1, 2, 3}), ("reflect", {2, 3})):
+        set_padding_mode(tiny_dcae, mode)
+        transform = Equivariance(eq_prob=1)
+        transform.check(tiny_dcae)
+        assert {after.shape[-1] for *_, after, _, _ in steps(transform, 60, grid=(4, 4))} == expected
 
 
 def test_target_and_latents_are_scaled_as_torch_does():

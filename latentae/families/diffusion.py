@@ -10,6 +10,7 @@ config, as pipelines hardly ever pass a generator, nor a number of steps.
 
 import copy
 import inspect
+import re
 import warnings
 from functools import partial
 from typing import Any, NamedTuple
@@ -45,18 +46,22 @@ class Condition(NamedTuple):
     base: Tensor | None = None
 
 
-@torch.library.custom_op("latentae::noise_canvas", mutates_args=())
-def noise_canvas(seed: int, height: int, width: int) -> Tensor:
-    """Normal noise (1, 3, height, width) in float32 from the CPU's generator: the same on every device.
-
-    An operator of its own, as torch.compile cannot trace a generator.
-    """
+def _canvas(seed: int, height: int, width: int) -> Tensor:
+    """Normal noise (1, 3, height, width) in float32 from the CPU's generator: the same on every device."""
     return torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(seed))
 
 
-@noise_canvas.register_fake
-def _(seed: int, height: int, width: int) -> Tensor:
-    return torch.empty(1, 3, height, width)
+def _canvas_operator() -> Any:
+    """`_canvas` as an operator, as torch.compile cannot trace a generator.
+
+    Its name holds that of the module: an exported file with this code has one beside the package's.
+    """
+    operator = torch.library.custom_op(re.sub(r"\W", "_", __name__) + "::noise_canvas", _canvas, mutates_args=())
+    operator.register_fake(lambda seed, height, width: torch.empty(1, 3, height, width))
+    return operator
+
+
+noise_canvas = _canvas_operator()
 
 
 class DiffusionAutoencoder(Autoencoder):
@@ -177,7 +182,7 @@ class DiffusionAutoencoder(Autoencoder):
         self._check_latents(z)
         steps = num_inference_steps if num_inference_steps is not None else self._internal_dict["num_inference_steps"]
         _check_steps(steps)
-        if not torch.compiler.is_compiling():
+        if type(z) is Tensor and not (z.is_meta or torch.compiler.is_compiling()):  # which have no values to look at
             self._warn_of_foreign(z)
         ratio = self.spatial_compression_ratio
         noise = self._noise(z, generator)

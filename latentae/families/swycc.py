@@ -21,7 +21,7 @@ from latentae.families.diffusion import Condition, DiffusionAutoencoder
 from latentae.nn.unet import GroupNorm, UNet
 
 
-class ResBlock(nn.Module):
+class PlainBlock(nn.Module):
     """shortcut(x) + conv(gelu(norm(conv(gelu(norm(x))))))."""
 
     def __init__(self, channels_in: int, channels_out: int):
@@ -45,7 +45,7 @@ class Stack(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         for module in self:
-            if self.gradient_checkpointing and x.requires_grad and isinstance(module, ResBlock):
+            if self.gradient_checkpointing and x.requires_grad and isinstance(module, PlainBlock):
                 x = self._gradient_checkpointing_func(module, x)
             else:
                 x = module(x)
@@ -56,7 +56,7 @@ def _encoder(channels_out: int, widths: tuple[int, ...], layers: int) -> Stack:
     """Pixels to moments: residual blocks of each width, a convolution of stride 2 after all but the last."""
     modules: list[nn.Module] = [nn.Conv2d(3, widths[0], 3, padding=1)]
     for level, (before, width) in enumerate(pairwise([widths[0], *widths])):
-        modules += [ResBlock(before if layer == 0 else width, width) for layer in range(layers)]
+        modules += [PlainBlock(before if layer == 0 else width, width) for layer in range(layers)]
         if level < len(widths) - 1:
             modules.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
     return Stack(*modules, GroupNorm(widths[-1]), nn.GELU(), nn.Conv2d(widths[-1], channels_out, 3, padding=1))
@@ -67,7 +67,7 @@ def _initial_decoder(latent_channels: int, widths: tuple[int, ...], layers: int)
     narrowing = widths[::-1]
     modules: list[nn.Module] = [nn.Conv2d(latent_channels, narrowing[0], 3, padding=1)]
     for level, (before, width) in enumerate(pairwise([narrowing[0], *narrowing])):
-        modules += [ResBlock(before if layer == 0 else width, width) for layer in range(layers)]
+        modules += [PlainBlock(before if layer == 0 else width, width) for layer in range(layers)]
         if level < len(widths) - 1:
             modules += [nn.Conv2d(width, 4 * width, 3, padding=1), nn.PixelShuffle(2)]
     return Stack(*modules, GroupNorm(widths[0]), nn.GELU(), nn.Conv2d(widths[0], 3, 3, padding=1))
@@ -95,8 +95,8 @@ class SWYCC(DiffusionAutoencoder):
         RequestError: an unknown choice, or widths that do not fit the compression.
     """
 
-    _no_split_modules: Any = ["ResBlock", "TransformerBlock"]
-    _repeated_blocks: Any = ["ResBlock"]
+    _no_split_modules: Any = ["PlainBlock", "ResBlock", "TransformerBlock"]
+    _repeated_blocks: Any = ["PlainBlock", "ResBlock"]
     _group_offload_block_modules = ["encoder", "initial_decoder", "decoder"]
 
     @register_to_config
@@ -146,8 +146,8 @@ class SWYCC(DiffusionAutoencoder):
     def condition(self, z: Tensor) -> Condition:
         z = self.standardised(z)
         base = self.initial_decoder(z)
-        map = F.pixel_unshuffle(base, self._internal_dict["patch_size"])
-        return Condition(map, z if self._internal_dict["adaptive_norm"] else None, base)
+        patches = F.pixel_unshuffle(base, self._internal_dict["patch_size"])
+        return Condition(patches, z if self._internal_dict["adaptive_norm"] else None, base)
 
 
 SWYCC.__module__ = "latentae"

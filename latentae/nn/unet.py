@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from latentae.nn.precision import widen
 
-FREQUENCIES, EMBEDDING = 320, 1280  # of the time, at every width
+FREQUENCIES = 320  # of the time, at every width
+EMBEDDING = 1280
 TIME_SCALE = 1000.0
 FEATURES = 64  # of the latents, for adaptive norms
 HEAD = 64  # channels of an attention head, at most

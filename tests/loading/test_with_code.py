@@ -1,6 +1,7 @@
 """Families that diffusers does not have, exported with their code: opened without latentae, with equal results."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -38,9 +39,9 @@ with torch.no_grad():
     z = autoencoder.encode(expected["pixels"]).latent_dist.mode()
     assert torch.equal(z, expected["latents"]), (z - expected["latents"]).abs().max()
     sample = autoencoder.decode(z).sample
-    assert torch.equal(sample, expected["sample"]), (sample - expected["sample"]).abs().max()
+    assert (sample - expected["sample"]).abs().max() <= float(sys.argv[4]), (sample - expected["sample"]).abs().max()
     autoencoder.enable_tiling(tile_sample_min_height=16, tile_sample_min_width=16)
-    assert torch.equal(autoencoder.decode(z).sample, expected["tiled"])
+    assert (autoencoder.decode(z).sample - expected["tiled"]).abs().max() <= float(sys.argv[4])
 assert autoencoder.config.spatial_compression_ratio == int(sys.argv[3])
 print(type(autoencoder).__module__, len([name for name in sys.modules if name.split(".")[0] == "latentae"]))
 """
@@ -66,7 +67,10 @@ def test_opens_where_latentae_is_not_and_computes_the_same(name, options, random
     torch.set_num_threads(threads)
     save_file({key: value.contiguous() for key, value in tensors.items()}, tmp_path / "expected.safetensors")
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    arguments = [str(folder), str(tmp_path / "expected.safetensors"), str(autoencoder.spatial_compression_ratio)]
+    # steps of a sampler enlarge what the alignment of weights in a mapped file changes in the last bits
+    tolerance = 1e-5 if getattr(autoencoder, "samples", False) else 0
+    facts = [str(autoencoder.spatial_compression_ratio), str(tolerance)]
+    arguments = [str(folder), str(tmp_path / "expected.safetensors"), *facts]
     done = subprocess.run(
         [sys.executable, "-I", "-c", OPEN_AND_COMPARE, *arguments], capture_output=True, text=True, check=False
     )
@@ -82,6 +86,24 @@ def test_opens_where_latentae_is_not_and_computes_the_same(name, options, random
     assert "auto_map" not in json.loads((tmp_path / "again" / "config.json").read_text())
 
 
+@pytest.mark.parametrize("name", ["dito-tiny", "swycc-tiny"])
+def test_code_of_a_diffusion_decoder_beside_the_package_itself(name, randomise, tmp_path, monkeypatch):
+    """Both define the operator that draws the canvas; neither takes it from the other."""
+    ours = randomise(latentae.create(name))
+    export_with_code(ours, tmp_path / "model")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    theirs = AutoModel.from_pretrained(str(tmp_path / "model"), trust_remote_code=True)
+    assert not isinstance(theirs, latentae.Autoencoder)
+    z = torch.randn(2, 4, 3, 2)
+    with torch.no_grad():
+        expected = ours.decode(z).sample
+        for autoencoder in (theirs, ours):
+            compiled = torch.compile(lambda z, a=autoencoder: a.decode(z).sample, fullgraph=True, backend="eager")
+            torch.testing.assert_close(autoencoder.decode(z).sample, expected, atol=1e-5, rtol=0)
+            torch.testing.assert_close(compiled(z), expected, atol=1e-5, rtol=0)
+    torch._dynamo.reset()
+
+
 def test_without_trust_diffusers_says_what_to_do(tiny_dcae, tmp_path):
     export_with_code(tiny_dcae, tmp_path)
     with pytest.raises(ValueError, match="Pass `trust_remote_code=True`"):
@@ -95,7 +117,7 @@ def test_the_file_is_python_that_linter_and_formatter_accept(family, tmp_path):
     code.write_text(text)
     assert "import latentae" not in text
     assert "from latentae" not in text
-    assert f"class {family}(Autoencoder):" in text
+    assert re.search(rf"class {family}\((Diffusion)?Autoencoder\):", text)
     assert ".__module__ =" not in text
     config = str(Path(__file__).parents[2] / "pyproject.toml")
     for command in (["check"], ["format", "--check"]):

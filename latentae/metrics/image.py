@@ -25,6 +25,7 @@ except ImportError as error:
 
 SSIM_TAPS = 11
 SSIM_SIGMA = 1.5
+PIXELS_AT_A_TIME = 2**18
 LPIPS_BACKBONES = {"alex": "alexnet", "vgg": "vgg16"}  # net of the lpips package: its file in latentae.weights
 
 
@@ -41,7 +42,7 @@ def psnr(reconstruction: Tensor, reference: Tensor, data_range: float | None = N
     Raises:
         RequestError: shapes or dtypes differ, or floats come without a range.
     """
-    data_range = _data_range(reconstruction, reference, data_range)
+    data_range = pair_range(reconstruction, reference, data_range)
     dtype = torch.float32 if reference.dtype == torch.uint8 else torch.float64  # float32 holds squares of bytes exactly
     squares = (reconstruction.to(dtype) - reference.to(dtype)).square()
     return 10 * torch.log10(data_range**2 / squares.mean(dim=(1, 2, 3), dtype=torch.float64))
@@ -58,28 +59,38 @@ def ssim(reconstruction: Tensor, reference: Tensor, data_range: float | None = N
     Returns:
         (B,) float64, 1 for identical images.
     """
-    data_range = _data_range(reconstruction, reference, data_range)
-    if min(reference.shape[-2:]) < SSIM_TAPS:
-        raise RequestError(
-            f"SSIM got images of {reference.shape[-2]}x{reference.shape[-1]}; its window needs at least "
-            f"{SSIM_TAPS}x{SSIM_TAPS} pixels."
-        )
-    # Image by image: the float64 maps of a batch of large images would need more memory than the model.
-    pairs = zip(reconstruction.double(), reference.double(), strict=True)
-    return torch.stack([_ssim_of_one(x, y, data_range) for x, y in pairs])
+    data_range = pair_range(reconstruction, reference, data_range)
+    require_size("SSIM", reference, SSIM_TAPS)
+    pairs = few_at_a_time(reconstruction, reference)
+    return torch.cat([torch.mul(*ssim_maps(x, y, data_range)).mean((1, 2, 3)) for x, y in pairs])
 
 
-def _ssim_of_one(x: Tensor, y: Tensor, data_range: float) -> Tensor:
+def few_at_a_time(reconstruction: Tensor, reference: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs (b, C, H, W) in float64: one by one, the maps of large images fit; several, small ones keep a GPU busy."""
+    count = max(1, PIXELS_AT_A_TIME // (reference.shape[-2] * reference.shape[-1]))
+    for x, y in zip(reconstruction.split(count), reference.split(count), strict=True):
+        yield x.double(), y.double()
+
+
+def ssim_maps(x: Tensor, y: Tensor, data_range: float) -> tuple[Tensor, Tensor]:
+    """The two factors of SSIM at every valid position: luminance, and contrast with structure.
+
+    Args:
+        x, y: (B, C, H, W) float64.
+
+    Returns:
+        Two of (B, C, H - 10, W - 10).
+    """
     height, width = x.shape[-2:]
-    maps = torch.stack([x, y, x * x + y * y, x * y])  # (4, C, H, W)
+    maps = torch.stack([x, y, x * x + y * y, x * y])  # (4, B, C, H, W)
     # The window as two banded matrices: a matrix product is several times faster than a float64 convolution.
-    maps = _window(height, x.device) @ maps @ _window(width, x.device).T  # (4, C, H - 10, W - 10)
+    maps = _window(height, x.device) @ maps @ _window(width, x.device).T  # (4, B, C, H - 10, W - 10)
     mean_x, mean_y, mean_squares, mean_product = maps
     squares, product = mean_x**2 + mean_y**2, mean_x * mean_y
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
     luminance = (2 * product + c1) / (squares + c1)
     structure = (2 * (mean_product - product) + c2) / (mean_squares - squares + c2)
-    return (luminance * structure).mean()
+    return luminance, structure
 
 
 def _window(size: int, device: torch.device) -> Tensor:
@@ -92,7 +103,8 @@ def _window(size: int, device: torch.device) -> Tensor:
     return matrix
 
 
-def _data_range(reconstruction: Tensor, reference: Tensor, data_range: float | None) -> float:
+def pair_range(reconstruction: Tensor, reference: Tensor, data_range: float | None) -> float:
+    """The distance between black and white of a pair; refuses unequal shapes or dtypes and floats without a range."""
     if reconstruction.shape != reference.shape or reconstruction.dtype != reference.dtype or reference.ndim != 4:
         raise RequestError(
             f"The reconstruction is {_describe(reconstruction)} and the reference {_describe(reference)}; expected two "
@@ -103,6 +115,13 @@ def _data_range(reconstruction: Tensor, reference: Tensor, data_range: float | N
     if data_range is None:
         raise RequestError(f"Images of dtype {reference.dtype} need data_range: 2 for [-1, 1], 1 for [0, 1].")
     return data_range
+
+
+def require_size(metric: str, images: Tensor, smallest: int) -> None:
+    """Refuse images (…, H, W) with a side below ``smallest`` pixels."""
+    height, width = images.shape[-2:]
+    if min(height, width) < smallest:
+        raise RequestError(f"{metric} got images of {height}x{width}; it needs at least {smallest}x{smallest} pixels.")
 
 
 def _describe(images: Tensor) -> str:
@@ -146,6 +165,7 @@ class MeanOfImages(ExactSums):
 
     is_differentiable = False
     full_state_update = False
+    smallest = 1  # side in pixels of the images that it takes
     total: Tensor
     count: Tensor
     excluded: Tensor
@@ -185,6 +205,7 @@ class SSIM(MeanOfImages):
     """Mean over images of the SSIM of RGB uint8 pairs."""
 
     higher_is_better = True
+    smallest = SSIM_TAPS
 
     def values(self, reconstruction: Tensor, reference: Tensor) -> Tensor:
         return ssim(reconstruction, reference)

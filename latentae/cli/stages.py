@@ -13,7 +13,8 @@ weights, and the average goes on from there). The same command again skips what 
 
   latentae stages dcae/f32c32 --data.path IMAGENET/train
 
-  FILE            a YAML list, or the name of a shipped one: dcae/f32c32, dcae/f64c128, dcae/f128c512
+  FILE            a YAML list, or the name of a shipped one: dcae/f32c32, dcae/f64c128, dcae/f128c512,
+                  dito/onto-sd-vae, litevae/b-f8c12
   --runs DIR      folder that the run_dir of each stage is in (default: runs)
   --dry-run       say what would be done, and stop
   OPTIONS         of 'latentae fit', for every stage; those of the file's own stages count more
@@ -26,8 +27,9 @@ A file looks like this; overrides are options of 'latentae fit' and may be left 
     overrides: {data.path: photos-of-512-px-and-more, trainer.max_steps: 20000}
 
 The configuration of every stage is checked before the first one starts. A stage whose overrides name
-model.autoencoder.init_from starts from that instead. Every stage is a run of 'latentae fit' of its own, and may be
-looked at, validated and encoded with as such; exit codes are those of the stage that ended the command.
+model.autoencoder.init_from starts from that instead; {before} in overrides is the folder of the run before. Every stage
+is a run of 'latentae fit' of its own, and may be looked at, validated and encoded with as such; exit codes are those of
+the stage that ended the command.
 """
 
 

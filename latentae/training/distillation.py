@@ -108,7 +108,8 @@ class StepDistillation(Denoising):
     def check(self, autoencoder: Any) -> None:
         super().check(autoencoder)
         (teacher,) = self.teacher
-        if any(parameter.requires_grad for parameter in autoencoder.encoder.parameters()):
+        trained = [name for name, parameter in autoencoder.named_parameters() if parameter.requires_grad]
+        if any(name.startswith(("encoder.", "quant_conv.")) for name in trained):
             raise RequestError(
                 "StepDistillation keeps the latents as they are, so the encoder must not train: set model.trainable to "
                 "[decoder]."
@@ -220,10 +221,16 @@ def with_encoder_arguments(arguments: dict[str, Any], teacher: Any, name: str) -
     """
     config = teacher.config
     kind = type(teacher).__name__
-    if kind != "AutoencoderKL" or set(config["down_block_types"]) != {"DownEncoderBlock2D"}:
+    if kind != "AutoencoderKL":
         raise RequestError(
             f"model.autoencoder.encoder_of {name} is of the class {kind}; DiTo can have the encoder of an "
-            "AutoencoderKL of DownEncoderBlock2D."
+            "AutoencoderKL."
+        )
+    blocks = sorted(set(config["down_block_types"]))
+    if blocks != ["DownEncoderBlock2D"] or config["act_fn"] != "silu" or config["in_channels"] != 3:
+        raise RequestError(
+            f"model.autoencoder.encoder_of {name} has an encoder of {', '.join(blocks)} with {config['act_fn']} for "
+            f"{config['in_channels']} channels; DiTo can have one of DownEncoderBlock2D with silu for 3."
         )
     channels = config["latent_channels"]
     mean, std = config.get("latents_mean"), config.get("latents_std")

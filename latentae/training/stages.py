@@ -25,6 +25,7 @@ from latentae.training.recipes import find_stages
 
 PR_SET_PDEATHSIG = 1
 KEYS = ("config", "run_dir", "overrides")
+BEFORE = "{before}"  # in overrides: the folder of the run before
 
 
 @dataclass(frozen=True)
@@ -88,11 +89,11 @@ def read_stages(file: Path, runs: Path, common: list[str]) -> list[Stage]:
         overrides = entry.get("overrides") or {}
         if not isinstance(overrides, dict):
             raise RequestError(f"{where}: overrides map options of 'latentae fit' to their values.")
-        start = [f"--model.autoencoder.init_from={stages[-1].run_dir}"] if stages else []
+        before = str(stages[-1].run_dir) if stages else BEFORE
+        start = [f"--model.autoencoder.init_from={before}"] if stages else []
+        own = [word.replace(BEFORE, before) for word in _as_options(overrides)]
         config = entry["config"] if not (beside := file.parent / entry["config"]).is_file() else str(beside)
-        stages.append(
-            Stage(run_dir, [f"--config={config}", f"--run_dir={run_dir}", *start, *common, *_as_options(overrides)])
-        )
+        stages.append(Stage(run_dir, [f"--config={config}", f"--run_dir={run_dir}", *start, *common, *own]))
     return stages
 
 

@@ -110,7 +110,7 @@ def test_a_dry_run_says_what_is_left(stages, tmp_path, capsys):
 
 
 def test_later_stages_start_from_the_run_before(tmp_path):
-    numbers = {"dcae/f128c512": 3, "dcae/f32c32": 3, "dcae/f64c128": 3, "litevae/b-f8c12": 2}
+    numbers = {"dcae/f128c512": 3, "dcae/f32c32": 3, "dcae/f64c128": 3, "dito/onto-sd-vae": 2, "litevae/b-f8c12": 2}
     assert stages_names() == list(numbers)
     for name, number in numbers.items():
         first, *later = read_stages(find_stages(name), tmp_path, ["--data.path=x"])
@@ -119,3 +119,12 @@ def test_later_stages_start_from_the_run_before(tmp_path):
         for before, after in pairwise([first, *later]):
             assert f"--model.autoencoder.init_from={before.run_dir}" in after.arguments
         assert stages_command([name, "--runs", str(tmp_path), "--data.path", "x", "--dry-run"]) == 0
+
+
+def test_before_in_overrides_is_the_folder_of_the_run_before(stages, tmp_path):
+    file = tmp_path / "two.yaml"
+    file.write_text(file.read_text() + "- {config: tiny.yaml, run_dir: c, overrides: {data: {val_path: '{before}/x'}}}\n")
+    *_, last = read_stages(file, tmp_path / "runs", [])
+    assert f"--data.val_path={tmp_path / 'runs/b'}/x" in last.arguments
+    second = read_stages(find_stages("dito/onto-sd-vae"), tmp_path, [])[1]
+    assert f"--model.denoising.teacher={tmp_path / 'onto-sd-vae-phase1'}" in second.arguments

@@ -4,6 +4,7 @@ The classes differ in the field that ``encode`` fills, in normalisation, in 4 or
 take. The codec hides that, so that benchmarks, stores and pipelines speak to one thing.
 """
 
+import copy
 import dataclasses
 import inspect
 from contextlib import AbstractContextManager, nullcontext
@@ -44,7 +45,7 @@ def spatial_ratio(autoencoder: Any) -> int:
         return int(autoencoder.spatial_compression_ratio)
     if "temperal_downsample" in config:  # diffusers' spelling
         return 2 ** len(config["temperal_downsample"])
-    return 2 ** (len(config["block_out_channels"]) - 1)
+    return 2 ** (len(config.get("block_out_channels") or config["encoder_block_out_channels"]) - 1)
 
 
 def temporal_ratio(autoencoder: Any) -> int:
@@ -143,6 +144,10 @@ class LatentCodec:
         self.is_video = any(isinstance(module, nn.Conv3d) for module in encoder.modules())
         decode_arguments = inspect.signature(self.autoencoder.decode).parameters
         self._takes_generator = "generator" in decode_arguments
+        # all of ours take a number of steps; of stock classes only those whose decoder samples
+        self.samples: bool = getattr(autoencoder, "samples", "num_inference_steps" in decode_arguments)
+        self._default_steps = decode_arguments["num_inference_steps"].default if self.samples else None
+        self._steps: int | None = None
         self._fixed_arguments = {"num_frames": 1} if "num_frames" in decode_arguments else {}
 
     @property
@@ -152,6 +157,30 @@ class LatentCodec:
     @property
     def dtype(self) -> torch.dtype:
         return next(self.autoencoder.parameters()).dtype
+
+    @property
+    def num_inference_steps(self) -> int | None:
+        """How often a decoder that samples runs its denoiser for each image; None for all others."""
+        if not self.samples:
+            return None
+        return self._steps or self.autoencoder.config.get("num_inference_steps") or self._default_steps
+
+    def with_inference_steps(self, steps: int) -> "LatentCodec":
+        """The same codec, whose decoder takes this number of steps.
+
+        Raises:
+            RequestError: no step, or a decoder that does not sample.
+        """
+        if not self.samples:
+            raise RequestError(
+                f"{type(self.autoencoder).__name__} decodes at once, not by steps: leave their number out "
+                "(num_inference_steps, --decode-steps)."
+            )
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise RequestError(f"num_inference_steps is a whole number of at least 1, not {steps!r}.")
+        codec = copy.copy(self)
+        codec._steps = steps
+        return codec
 
     @property
     def normalisation(self) -> dict[str, Any]:
@@ -220,16 +249,31 @@ class LatentCodec:
         return Latents(self.normalise(z), height, width, frames, posterior)
 
     @torch.no_grad()
-    def decode(self, latents: Latents | Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    def decode(
+        self,
+        latents: Latents | Tensor,
+        *,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        num_inference_steps: int | None = None,
+    ) -> Tensor:
         """Normalised latents to pixels: fp32, about [-1, 1] (not clamped), cropped to the size that was encoded.
 
         Args:
             latents: what `encode` gave, or a bare tensor, which decodes to its full size.
-            generator: for decoders that sample.
+            generator: for decoders that sample: one, or a list with one for each image. None leaves the noise to the
+                model; ours have a seed of their own, so that the same latents give the same image.
+            num_inference_steps: for decoders that sample; None for `num_inference_steps` of the codec.
+
+        Raises:
+            RequestError: steps for a decoder that does not sample, none, or another number of generators than images.
         """
+        if num_inference_steps is not None:
+            return self.with_inference_steps(num_inference_steps).decode(latents, generator=generator)
         z = latents.tensor if isinstance(latents, Latents) else latents
         z = self.denormalise(z.to(self.device)).to(self.dtype)
         arguments = {**self._fixed_arguments, **({"generator": generator} if self._takes_generator else {})}
+        if self._steps:
+            arguments["num_inference_steps"] = self._steps
         with self._precision():
             output = self._decode(z, **arguments)
         pixels: Tensor = (output.sample if hasattr(output, "sample") else output).float()
@@ -239,9 +283,11 @@ class LatentCodec:
             pixels = pixels[:, :, 0] if latents.frames is None else pixels[:, :, : latents.frames]
         return pixels[..., : latents.height, : latents.width]
 
-    def reconstruct(self, pixels: Tensor) -> Tensor:
-        """Pixels through the mode of their latents and back, same shape, fp32."""
-        return self.decode(self.encode(pixels))
+    def reconstruct(
+        self, pixels: Tensor, *, generator: torch.Generator | list[torch.Generator] | None = None
+    ) -> Tensor:
+        """Pixels through the mode of their latents and back, same shape, fp32; ``generator`` as of `decode`."""
+        return self.decode(self.encode(pixels), generator=generator)
 
     def _pad(self, pixels: Tensor) -> Tensor:
         if self.is_video and pixels.ndim == 4:

@@ -3,18 +3,20 @@
   latentae decode latents/ images/
 
 The image that was encoded as a/b.jpg becomes images/a/b.png, lossless. The store knows its model by name; --model says
-where it is now. A model with other weights than those that encoded is refused.
+where it is now. A model with other weights than those that encoded is refused. A decoder that samples (DiTo, SWYCC)
+draws the noise of each image from --seed and its name: the same command gives the same images.
 """
 
 import argparse
 
-from latentae.cli.encode import add_model_arguments, autocast_dtype
+from latentae.cli.encode import add_decoding_arguments, add_model_arguments, autocast_dtype
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", metavar="STORE", help="folder that 'latentae encode' wrote")
     parser.add_argument("dst", metavar="DST", help="folder for the images")
     add_model_arguments(parser, required=False)
+    add_decoding_arguments(parser)
     parser.add_argument("--format", default="png", help="png (default) or webp, both lossless")
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="images per batch (default 16)")
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="threads that write (default 2)")
@@ -40,6 +42,8 @@ def run(args: argparse.Namespace) -> int:
         autocast=autocast_dtype(args),
         random_weights=args.random_weights,
         allow_other_model=args.allow_other_model,
+        seed=args.seed,
+        num_inference_steps=args.decode_steps,
     )
     if args.json:
         print(json.dumps(summary.to_dict()))

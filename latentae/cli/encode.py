@@ -47,6 +47,14 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool) -> N
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
 
 
+def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of decoders that sample, which decode and reconstruct share."""
+    parser.add_argument(
+        "--decode-steps", type=int, metavar="N", help="of a decoder that samples (default: the model's)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="with an image's name, of a sampling decoder's noise")
+
+
 def add_max_bad(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-bad",

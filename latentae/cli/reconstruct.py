@@ -3,12 +3,13 @@
   latentae reconstruct photos/ reconstructions/ --model runs/my-run
 
 Every image keeps its size and its name: photos/a/b.jpg becomes reconstructions/a/b.png, lossless, to be laid beside the
-original. Images that cannot be decoded are listed at the end.
+original. Images that cannot be decoded are listed at the end. A decoder that samples (DiTo, SWYCC) draws the noise of
+each image from --seed and its name: the same command gives the same images.
 """
 
 import argparse
 
-from latentae.cli.encode import add_max_bad, add_model_arguments, autocast_dtype
+from latentae.cli.encode import add_decoding_arguments, add_max_bad, add_model_arguments, autocast_dtype
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("dst", metavar="DST", help="folder for the reconstructions")
     add_model_arguments(parser, required=True)
+    add_decoding_arguments(parser)
     parser.add_argument("--format", default="png", help="png (default) or webp, both lossless")
     parser.add_argument("--batch-size", type=int, default=4, metavar="N", help="images per batch (default 4)")
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="threads that read and write (default 2)")
@@ -41,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
         device=args.device,
         autocast=autocast_dtype(args),
         random_weights=args.random_weights,
+        seed=args.seed,
+        num_inference_steps=args.decode_steps,
     )
     if args.json:
         print(json.dumps(summary.to_dict()))

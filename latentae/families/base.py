@@ -64,6 +64,8 @@ class Autoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[mi
     decoder: Any
     _internal_dict: Any
     temporal_compression_ratio = 1
+    samples = False
+    """Whether `decode` draws the image from noise, in a number of steps."""
 
     def __init__(self) -> None:
         super().__init__()

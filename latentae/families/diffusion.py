@@ -112,7 +112,7 @@ class DiffusionAutoencoder(Autoencoder):
                 )
 
     @property
-    def samples(self) -> bool:
+    def samples(self) -> bool:  # type: ignore[override]
         """Whether the decoder samples; not if it predicts the pixels at once."""
         return self._internal_dict["prediction"] != "pixels"
 

@@ -2,7 +2,6 @@
 
 import time
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from latentae.store.configuration import NATIVE, check_counts, open_codec
 from latentae.store.images import ImageWriter
 from latentae.store.memory import BatchRunner, batch_for
 from latentae.store.reader import LatentStore
+from latentae.store.worker import key_generator
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ def decode_store(
     autocast: torch.dtype | None = None,
     random_weights: bool = False,
     allow_other_model: bool = False,
+    seed: int = 0,
+    num_inference_steps: int | None = None,
 ) -> DecodeSummary:
     """Decode every encoded input of ``store`` to a lossless image below ``dst``.
 
@@ -58,9 +60,11 @@ def decode_store(
         model: what decodes; by default the model that encoded, by the name in ``store.json``.
         format: ``png`` or ``webp``.
         allow_other_model: accept a model whose weights are not those that encoded (a fine-tuned decoder, say).
+        seed: with the key of an image, that of its noise, where the decoder samples: the same in any batch or store.
+        num_inference_steps: of a decoder that samples; None for the model's own number.
 
     Raises:
-        RequestError: no store, no model, or a model with other weights.
+        RequestError: no store, no model, a model with other weights, or steps where the decoder takes none.
         DataError: a shard is not what was written, or a key would lead out of ``dst``.
     """
     check_counts(batch_size=batch_size, workers=workers)
@@ -72,6 +76,12 @@ def decode_store(
     inputs = (item.uri for item in store.plan.items())
     writer = ImageWriter(Path(dst), store.keys, inputs, format=format, workers=workers)
     codec = _open_decoder(store, model, device, autocast, random_weights, allow_other_model)
+    if num_inference_steps is not None:
+        codec = codec.with_inference_steps(num_inference_steps)
+
+    def decode_rows(batch: list[tuple[dict[str, Any], Tensor]]) -> Tensor:
+        noise = [noise_generator(seed, row["key"]) for row, _ in batch]
+        return decode_raw(codec, torch.stack([latents for _, latents in batch]), noise)
 
     native = store.config["preprocess"]["size"] == NATIVE
     runner = BatchRunner(batch_size)
@@ -81,9 +91,8 @@ def decode_store(
             height, width = latents.shape[-2:]
             step = batch_for(batch_size, (height * codec.spatial_ratio, width * codec.spatial_ratio))
             for start in range(0, len(rows), step):
-                batch = rows[start : start + step]
-                pixels = runner.run(partial(decode_raw, codec), latents[start : start + step])
-                for row, image in zip(batch, pixels):
+                batch = list(zip(rows[start : start + step], latents[start : start + step]))
+                for (row, _), image in zip(batch, runner.run(decode_rows, batch)):
                     crop = image[:, : row["height"], : row["width"]] if native else image
                     writer.write(row["key"], crop)
                 progress.advance(len(batch))
@@ -91,10 +100,15 @@ def decode_store(
     return DecodeSummary(str(dst), len(store), missing, time.monotonic() - started)
 
 
-def decode_raw(codec: LatentCodec, latents: Tensor) -> Tensor:
+def noise_generator(seed: int, key: str) -> torch.Generator:
+    """Of the noise from which a decoder samples the image of one key."""
+    return key_generator(seed, key, "decode")
+
+
+def decode_raw(codec: LatentCodec, latents: Tensor, generators: list[torch.Generator] | None = None) -> Tensor:
     """Stored latents (B, C, h, w), or (B, C, 1, h, w) of a video autoencoder, to float pixels (B, 3, H, W)."""
     height, width = (side * codec.spatial_ratio for side in latents.shape[-2:])
-    return codec.decode(Latents(codec.normalise(latents.to(codec.device)), height, width))
+    return codec.decode(Latents(codec.normalise(latents.to(codec.device)), height, width), generator=generators)
 
 
 def _open_decoder(

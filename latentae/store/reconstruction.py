@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from latentae.codec import LatentCodec
 from latentae.console import Progress, say
 from latentae.data.decode import DecodePolicy
 from latentae.data.sources import Source, open_source, refuse_output_in_input
 from latentae.store.configuration import check_counts, open_codec
+from latentae.store.decode import noise_generator
 from latentae.store.images import ImageWriter
 from latentae.store.memory import BatchRunner, batch_for
 from latentae.store.shard import Sample
@@ -54,6 +55,8 @@ def reconstruct(
     device: str | torch.device | None = None,
     autocast: torch.dtype | None = None,
     random_weights: bool = False,
+    seed: int = 0,
+    num_inference_steps: int | None = None,
 ) -> ReconstructSummary:
     """Write below ``dst`` what an autoencoder makes of every image of ``src``, at the size of each, lossless.
 
@@ -63,9 +66,11 @@ def reconstruct(
         format: ``png`` or ``webp``.
         batch_size: images of one size in a row that are run together, for 512 x 512; larger ones go in smaller batches.
         max_bad: how many images may be broken, as a share of all (float) or as a number (int).
+        seed: with the name of an image, that of its noise, where the decoder samples.
+        num_inference_steps: of a decoder that samples; None for the model's own number.
 
     Raises:
-        RequestError: no images, no model, or ``dst`` would overwrite or feed ``src``.
+        RequestError: no images, no model, ``dst`` would overwrite or feed ``src``, or steps where the decoder has none.
         DataError: more images than ``max_bad`` are broken; all others are written by then.
     """
     check_counts(batch_size=batch_size, workers=workers, limit=limit)
@@ -77,8 +82,14 @@ def reconstruct(
     keys, inputs = [item.key for item in items], (item.uri for item in items)
     writer = ImageWriter(folder, keys, inputs, format=format, workers=workers)
     codec, _ = open_codec(model, device=device, autocast=autocast, random_weights=random_weights)
+    if num_inference_steps is not None:
+        codec = codec.with_inference_steps(num_inference_steps)
     loader = Loader(source, None, 1, DecodePolicy())
     runner = BatchRunner(batch_size)
+
+    def through(batch: list[Sample]) -> Tensor:
+        pixels = torch.stack([sample.pixels for sample in batch if sample.pixels is not None])  # (B, 3, H, W)
+        return codec.reconstruct(pixels, generator=[noise_generator(seed, sample.item.key) for sample in batch])
 
     bad: list[Sample] = []
     started = time.monotonic()
@@ -94,8 +105,7 @@ def reconstruct(
             if batch[0].pixels is None:
                 bad += batch
             else:
-                pixels = torch.stack([sample.pixels for sample in batch if sample.pixels is not None])  # (B, 3, H, W)
-                for sample, image in zip(batch, runner.run(codec.reconstruct, pixels)):
+                for sample, image in zip(batch, runner.run(through, batch)):
                     writer.write(sample.item.key, image)
             progress.advance(len(batch))
     for sample in bad:

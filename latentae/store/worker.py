@@ -192,9 +192,12 @@ class BatchEncoder:
             sample.latents, sample.pixels = stored, None
 
 
-def key_generator(seed: int, key: str) -> torch.Generator:
-    """The random numbers of one input: a function of the seed and the key, never of order, batch, rank or device."""
-    digest = hashlib.sha256(f"{seed}\0{key}".encode()).digest()
+def key_generator(seed: int, key: str, purpose: str = "") -> torch.Generator:
+    """The random numbers of one input: a function of the seed and the key, never of order, batch, rank or device.
+
+    Another ``purpose`` gives others: the noise that a decoder starts from is not that of the posterior's sample.
+    """
+    digest = hashlib.sha256(f"{seed}\0{key}{purpose and chr(0) + purpose}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 

@@ -5,7 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from latentae.cli.main import main
 
@@ -71,6 +73,8 @@ def test_exit_2_with_a_diff_when_something_changed(encode, capsys):
         (["decode", "{tmp}/nowhere", "{tmp}/out"], "is not a store of latents"),
         (["reconstruct", "{seven}", "{seven}/out", *MODEL], "choose another folder"),
         (["reconstruct", "{seven}", "{tmp}/out", *MODEL, "--format", "gif"], "expected one of png, webp"),
+        (["reconstruct", "{seven}", "{tmp}/out", *MODEL, "--decode-steps", "4"], "DCAE decodes at once, not by steps"),
+        (["reconstruct", "{seven}", "{tmp}/out", "--model", "dito-tiny", "--decode-steps", "0"], "at least 1, not 0"),
     ],
 )
 def test_exit_2_and_one_line_for_what_cannot_be_done(arguments, message, seven, tmp_path, capsys):
@@ -123,3 +127,16 @@ def test_exit_4_at_a_limit_of_file_size(encode, seven, tmp_path):
     assert not list((tmp_path / "store").rglob("*.tmp"))
     assert not list((tmp_path / "store").rglob("shards/*.json"))
     assert main(arguments) == 0
+
+
+def test_a_sampling_decoder_by_its_steps_and_seed(seven, tmp_path):
+    model = ["--model", "dito-tiny"]
+    assert main(["encode", str(seven[0]), str(tmp_path / "store"), *model, "--size", "32"]) == 0
+    for name, options in {"a": ["--seed", "1"], "b": ["--seed", "1"], "c": []}.items():
+        assert main(["decode", str(tmp_path / "store"), str(tmp_path / name), "--decode-steps", "2", *options]) == 0
+    command = ["reconstruct", str(seven[0]), str(tmp_path / "d"), *model, "--decode-steps", "2", "--seed", "1"]
+    assert main(command) == 0
+    a, b, c, d = (np.asarray(Image.open(tmp_path / name / "cats" / "a.png")).astype(int) for name in "abcd")
+    assert np.array_equal(a, b)
+    assert np.abs(a - c).mean() > 1
+    assert np.abs(a - d).max() <= 1  # the batch is another

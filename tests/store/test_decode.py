@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pyarrow.parquet
 import pytest
@@ -157,9 +159,71 @@ def test_reconstruct_into_its_own_inputs_is_refused(seven, tmp_path, dcae, tree)
 
 def test_reconstruct_halves_a_batch_that_does_not_fit(seven, tmp_path, dcae):
     class Small(LatentCodec):
-        def reconstruct(self, pixels):
+        def reconstruct(self, pixels, **options):
             if len(pixels) > 1:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
-            return super().reconstruct(pixels)
+            return super().reconstruct(pixels, **options)
 
     assert reconstruct(seven[0], tmp_path / "out", Small(dcae), batch_size=4).images == 7
+
+
+# Decoders that sample
+
+
+def sampler(name="dito-tiny"):
+    return latentae.create(name)
+
+
+def pictures(folder) -> dict[str, np.ndarray]:
+    return {path.relative_to(folder).as_posix(): read(path) for path in folder.rglob("*.png")}
+
+
+@pytest.mark.parametrize("name", ["dito-tiny", "swycc-tiny"])
+def test_the_noise_of_an_image_is_that_of_its_key_in_any_batch_store_or_order(name, seven, tmp_path):
+    folder, images = seven
+    encode_dataset(folder, tmp_path / "store", sampler(name), size=32, shard_size=3)
+    encode_dataset(folder / "dogs", tmp_path / "other", sampler(name), size=32)
+    out = {}
+    for label, store, batch_size in (("a", "store", 16), ("b", "store", 1), ("c", "other", 2)):
+        decode_store(tmp_path / store, tmp_path / label, sampler(name), batch_size=batch_size)
+        out[label] = pictures(tmp_path / label)
+    reconstruct(folder, tmp_path / "d", sampler(name), batch_size=2)
+    out["d"] = pictures(tmp_path / "d")
+    assert set(out["a"]) == set(images)
+    for key in images:
+        for label in "bd":
+            assert np.abs(out["a"][key] - out[label][key]).max() <= 1
+    # keys of the other store have no folder, and so other noise
+    assert all(np.abs(out["c"][Path(key).name] - out["a"][key]).max() > 1 for key in images if "dogs" in key)
+
+
+def test_equal_latents_of_other_keys_get_other_noise_and_a_seed_changes_all(tmp_path, write_images):
+    image = next(iter(write_images(tmp_path / "one", {"a.png": (32, 32)}).values()))
+    Image.fromarray(image).save(tmp_path / "one" / "b.png")
+    encode_dataset(tmp_path / "one", tmp_path / "store", sampler(), size=32)
+    first, second = LatentStore(tmp_path / "store")[0]["latents"], LatentStore(tmp_path / "store")[1]["latents"]
+    torch.testing.assert_close(first, second)
+    for seed in (0, 0, 1):
+        out = tmp_path / f"out{seed}"
+        decode_store(tmp_path / "store", out, sampler(), seed=seed)
+    zero, one = pictures(tmp_path / "out0"), pictures(tmp_path / "out1")
+    assert np.abs(zero["a.png"] - zero["b.png"]).mean() > 1
+    assert all(np.abs(zero[key] - one[key]).mean() > 1 for key in zero)
+
+
+def test_steps_of_the_command_are_those_of_the_model_with_that_configuration(seven, tmp_path, dcae):
+    encode_dataset(seven[0], tmp_path / "store", sampler(), size=32)
+    decode_store(tmp_path / "store", tmp_path / "asked", sampler(), num_inference_steps=2)
+    decode_store(tmp_path / "store", tmp_path / "set", latentae.create("dito-tiny", num_inference_steps=2))
+    decode_store(tmp_path / "store", tmp_path / "default", sampler())
+    asked, as_set, default = (pictures(tmp_path / name) for name in ("asked", "set", "default"))
+    assert all(np.array_equal(asked[key], as_set[key]) for key in asked)
+    assert not any(np.array_equal(asked[key], default[key]) for key in asked)
+    for call in (
+        lambda: decode_store(tmp_path / "store", tmp_path / "x", sampler(), num_inference_steps=0),
+        lambda: reconstruct(seven[0], tmp_path / "x", sampler(), num_inference_steps=0),
+    ):
+        with pytest.raises(RequestError, match="at least 1, not 0"):
+            call()
+    with pytest.raises(RequestError, match="DCAE decodes at once, not by steps"):
+        reconstruct(seven[0], tmp_path / "x", dcae, num_inference_steps=4)

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from latentae.errors import MissingExtra, RequestError
 from latentae.files import sha256_file
 from latentae.metrics.image import ExactSums, full_precision
+from latentae.nn.pixels import to_float
 from latentae.weights import find_weight_file, open_state_dict
 
 BIASED_BELOW = 10_000  # with fewer images the distance is noticeably too high, even between equal distributions
@@ -70,12 +72,18 @@ class FrechetDistance(ExactSums):
             )
 
     def update(self, images: Tensor, original: bool) -> None:
-        """Add images, uint8 (B, 3, H, W), to the originals or to the reconstructions."""
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        """Add images, uint8 (B, 3, H, W), to the originals or to the reconstructions.
+
+        A network with ``takes_floats`` also gets floats in [-1, 1] as they are.
+        """
+        network = self._network[0].to(images.device)
+        dtype_fits = images.dtype == torch.uint8 or (
+            images.dtype == torch.float32 and getattr(network, "takes_floats", False)
+        )
+        if not dtype_fits or images.ndim != 4 or images.shape[1] != 3:
             raise RequestError(
                 f"The Fréchet distance got {images.dtype} of shape {tuple(images.shape)}; expected uint8 (B, 3, H, W)."
             )
-        network = self._network[0].to(images.device)
         with full_precision(images.device):
             features = network(images).double()  # (B, d)
         side = "original" if original else "reconstruction"
@@ -96,6 +104,17 @@ class FrechetDistance(ExactSums):
             )
         distance = frechet_distance(self._moments("original"), self._moments("reconstruction"))
         return torch.tensor(distance, dtype=torch.float64)
+
+    def distance_to(self, mean: Tensor, covariance: Tensor) -> float:
+        """The distance of the reconstructions to a Gaussian that is known otherwise, float64 (d,) and (d, d).
+
+        Raises:
+            RequestError: there are fewer than two reconstructions.
+        """
+        if int(self.count_reconstruction) < 2:
+            raise RequestError(f"A Fréchet distance needs at least two images, got {int(self.count_reconstruction)}.")
+        known = (len(mean) + 1, mean, covariance)  # of full rank, for all we know
+        return frechet_distance(self._moments("reconstruction"), known)
 
     def fresh(self) -> "FrechetDistance":
         """Another distance, still empty, by the same network."""
@@ -123,15 +142,26 @@ class FrechetInceptionDistance(FrechetDistance):
     Args:
         weights: another weight file of the same network, unchecked; then ``published`` is False and the number must
             not be called rFID.
+        resize: ``tensorflow``, or ``half-pixel``: the bilinear resize and the scale of pytorch-fid, which differs in the
+            second digit; takes floats in [-1, 1] too.
+        precision: of the network, float32 or float64.
 
     Raises:
         MissingWeights: the published file is nowhere on this machine.
         MissingExtra: torch-fidelity is not installed.
     """
 
-    def __init__(self, weights: str | Path | None = None, keep_originals: bool = False, **arguments: Any) -> None:
+    def __init__(
+        self,
+        weights: str | Path | None = None,
+        keep_originals: bool = False,
+        resize: str = "tensorflow",
+        precision: torch.dtype = torch.float32,
+        **arguments: Any,
+    ) -> None:
         file = find_weight_file("inception", weights)
-        super().__init__(_inception(file), 2048, keep_originals, **arguments)
+        network = _inception(file, precision)
+        super().__init__(_HalfPixel(network) if resize == "half-pixel" else network, 2048, keep_originals, **arguments)
         self.published = weights is None
         self.weights_sha256 = sha256_file(file)
 
@@ -147,7 +177,27 @@ class _First(torch.nn.Module):
         return self.extractor(images)[0]
 
 
-def _inception(weight_file: Path) -> torch.nn.Module:
+class _HalfPixel(torch.nn.Module):
+    """The same network behind pytorch-fid's resize and scale, from uint8 or from floats in [-1, 1].
+
+    The extractor's own resize is passed by where the first convolution takes its input.
+    """
+
+    takes_floats = True
+
+    def __init__(self, network: _First) -> None:
+        super().__init__()
+        self.network = network
+        first = network.extractor.Conv2d_1a_3x3
+        first.register_forward_pre_hook(lambda module, arguments: (self.prepared,))  # type: ignore[union-attr]
+
+    def forward(self, images: Tensor) -> Tensor:
+        pixels = to_float(images) if images.dtype == torch.uint8 else images
+        self.prepared = F.interpolate(pixels, (299, 299), mode="bilinear", align_corners=False)
+        return self.network(images.new_zeros((len(images), 3, 1, 1), dtype=torch.uint8))
+
+
+def _inception(weight_file: Path, precision: torch.dtype = torch.float32) -> _First:
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError as error:
@@ -162,4 +212,6 @@ def _inception(weight_file: Path) -> torch.nn.Module:
         raise RequestError(
             f"{weight_file} is not a state dict of torch-fidelity's Inception: {str(error).splitlines()[0]}"
         ) from error
+    # Its own option for float64 is without effect in torch-fidelity 0.4.
+    extractor.to(precision).feature_extractor_internal_dtype = precision
     return _First(extractor)

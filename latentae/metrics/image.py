@@ -182,7 +182,11 @@ class MeanOfImages(ExactSums):
 
     def update(self, reconstruction: Tensor, reference: Tensor) -> None:
         require_uint8_pair(reconstruction, reference)
-        values = self.values(reconstruction, reference).to(self.total)
+        self.collect(self.values(reconstruction, reference))
+
+    def collect(self, values: Tensor) -> None:
+        """Add numbers (B,) that `values` gave."""
+        values = values.to(self.total)
         finite = values.isfinite()
         self.total += values[finite].sum()
         self.count += finite.sum()

@@ -1,7 +1,7 @@
 """The models of a benchmark: opened before anything is measured, moved to their device one at a time, described."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,14 @@ class Contestant:
     model: nn.Module | LatentCodec
     device: torch.device
     dtype: torch.dtype
+    steps: int | None = None
 
     def codec(self) -> LatentCodec:
-        """The model on its device; a codec is taken as it is."""
-        if isinstance(self.model, LatentCodec):
-            return self.model
-        return LatentCodec(self.model, device=self.device, dtype=self.dtype)
+        """The model on its device, decoding in ``steps``; a codec is otherwise taken as it is."""
+        codec = self.model
+        if not isinstance(codec, LatentCodec):
+            codec = LatentCodec(codec, device=self.device, dtype=self.dtype)
+        return codec if self.steps is None else codec.with_inference_steps(self.steps)
 
 
 def open_contestants(
@@ -38,11 +40,14 @@ def open_contestants(
     device: str | torch.device | None,
     dtype: str | torch.dtype,
     random_weights: bool,
+    decode_steps: Sequence[int] = (),
 ) -> list[Contestant]:
     """Open every model, on the CPU, so that a misspelt name is found at once and not after the others were measured.
 
+    One whose decoder samples is a contestant for each of ``decode_steps``.
+
     Raises:
-        RequestError: there is no model, two have one name, or the device or the dtype is none.
+        RequestError: there is no model, two have one name, no decoder takes steps, or the device or the dtype is none.
         MissingWeights: a model is not on this machine.
     """
     where = _usable_device(device)
@@ -58,6 +63,8 @@ def open_contestants(
             name, model = name or str(model), load_model(model, random_weights=random_weights)
         inner = model.autoencoder if isinstance(model, LatentCodec) else model
         contestants.append(Contestant(name or type(inner).__name__, model, where, precision))
+    if decode_steps:
+        contestants = _by_steps(contestants, decode_steps)
     names = [contestant.name for contestant in contestants]
     for name in names:
         if names.count(name) > 1:
@@ -65,8 +72,26 @@ def open_contestants(
     return contestants
 
 
-def describe(codec: LatentCodec, size: int) -> dict[str, Any]:
-    """What a model is, whatever the images are; arithmetic is counted for one image of ``size`` x ``size``."""
+def _by_steps(contestants: list[Contestant], decode_steps: Sequence[int]) -> list[Contestant]:
+    """Decoders that sample once for each number of steps, the others as they are."""
+    found = []
+    for contestant in contestants:
+        codec = contestant.model if isinstance(contestant.model, LatentCodec) else LatentCodec(contestant.model)
+        for steps in decode_steps if codec.samples else [None]:
+            label = f", {steps} step{'s' * (steps != 1)}" if codec.samples and len(decode_steps) > 1 else ""
+            if steps is not None:
+                codec.with_inference_steps(steps)  # refuses what is none
+            found.append(replace(contestant, name=contestant.name + label, steps=steps))
+    if all(contestant.steps is None for contestant in found):
+        raise RequestError("None of these models decodes by steps: leave their number out (--decode-steps).")
+    return found
+
+
+def describe(codec: LatentCodec, size: int, seed: int) -> dict[str, Any]:
+    """What a model is, whatever the images are; arithmetic is counted for one image of ``size`` x ``size``.
+
+    Where the decoder samples, ``decoding`` says in how many steps and from the noise of which seed, else it is None.
+    """
     autoencoder = codec.autoencoder
     precision = str(codec.autocast or codec.dtype).removeprefix("torch.")
     return {
@@ -79,6 +104,7 @@ def describe(codec: LatentCodec, size: int) -> dict[str, Any]:
         "latent_channels": codec.latent_channels,
         "floats_per_pixel": codec.latent_channels / codec.spatial_ratio**2,
         "normalisation": codec.normalisation,
+        "decoding": {"steps": codec.num_inference_steps, "seed": seed} if codec.samples else None,
         "parameters": count_parameters(autoencoder),
         "gmac": count_gmac(codec, size),
     }

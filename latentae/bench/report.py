@@ -23,6 +23,7 @@ from latentae.bench.results import (
     format_metric,
     measured_metrics,
     shape_label,
+    steps_label,
 )
 from latentae.console import three_figures
 from latentae.errors import MissingExtra
@@ -114,13 +115,16 @@ def _table(results: dict[str, Any]) -> dict[str, Any]:
             value, interval = model["metrics"].get(name), model["intervals"].get(name)
             note = f"{format_metric(name, interval[0])} – {format_metric(name, interval[1])}" if interval else ""
             cells.append(_cell(format_metric(name, value), note, value is not None and value == best[name]))
-        rows.append(
-            {"name": model["name"], "note": f"{model['class']}, {model['dtype']}", "cells": cells + _cost(model)}
-        )
+        rows.append({"name": model["name"], "note": _what_it_is(model), "cells": cells + _cost(model)})
     for row in results["baselines"]:
         cells = [_cell("–"), *(_cell(format_metric(name, row.get(name))) for name in metrics), *[_cell("–")] * 5]
         rows.append({"name": row["name"], "note": "baseline, no network", "cells": cells})
     return {"columns": columns, "rows": rows}
+
+
+def _what_it_is(model: dict[str, Any]) -> str:
+    steps = f", {steps_label(model)}, seed {model['decoding']['seed']}" if model.get("decoding") else ""
+    return f"{model['class']}, {model['dtype']}{steps}"
 
 
 def _cost(model: dict[str, Any]) -> list[dict[str, Any]]:

@@ -42,6 +42,12 @@ def measured_metrics(results: dict[str, Any]) -> list[str]:
     return [name for name in METRICS if any(m["metrics"].get(name) is not None for m in results["models"])]
 
 
+def steps_label(model: dict[str, Any]) -> str:
+    """How a model's decoder samples, such as ``4 steps``; empty if it does not."""
+    steps = (model.get("decoding") or {}).get("steps")
+    return "" if steps is None else f"{steps} step{'s' * (steps != 1)}"
+
+
 def shape_label(model: dict[str, Any]) -> str:
     """The field's shorthand, such as f32c32, or t4f8c16 with time."""
     time = f"t{model['temporal_ratio']}" if model["temporal_ratio"] > 1 else ""
@@ -59,15 +65,21 @@ COST_HEADER = ("model", "half", "parameters, M", "GMAC / image", "ms / batch", "
 def cost_rows(results: dict[str, Any]) -> list[list[str]]:
     """What the encoder and the decoder of every model cost, each in a row: the columns of `COST_HEADER`."""
     rows = []
-    for model in results["models"]:
-        for task, half in (("encode", "encoder"), ("decode", "decoder")):
-            speed = model["speed"][task] if model["speed"] else {}
+    reference = results.get("reference_cost")
+    for model in [*results["models"], *([reference] if reference else [])]:
+        tasks = [("encode", "encoder"), ("decode", "decoder")]
+        if "decode_step" in model["gmac"]:
+            tasks.append(("decode_step", "one of its steps"))
+        for task, half in tasks:
+            speed = model["speed"].get(task, {}) if model["speed"] else {}
             figures = [
                 (model["parameters"].get(half), 1e-6),
                 (model["gmac"].get(task), 1),
                 (speed.get("seconds_per_batch"), 1e3),
                 (speed.get("peak_memory_bytes"), 2**-30),
             ]
+            if task == "decode" and model.get("decoding"):
+                half += f", {steps_label(model)}"
             rows.append(
                 [model["name"], half, *("–" if value is None else three_figures(value * k) for value, k in figures)]
             )
@@ -77,6 +89,8 @@ def cost_rows(results: dict[str, Any]) -> list[list[str]]:
 def cost_conditions(results: dict[str, Any]) -> str:
     """Under which conditions the figures of `cost_rows` were taken."""
     text = f"GMAC: multiply-accumulates of one {results['protocol']['size']} px image"
+    if any(model.get("decoding") for model in results["models"]):
+        text += ", of all steps where a decoder samples"
     speed = next((model["speed"] for model in results["models"] if model["speed"]), None)
     if speed is None:
         return text + "; speed was not measured."
@@ -120,23 +134,31 @@ def summarise(results: dict[str, Any]) -> str:
     """The table for the terminal with the protocol at its foot."""
     metrics = measured_metrics(results)
     with_speed = any(model["speed"] for model in results["models"])
-    header = ["model", "latents", *(LABELS[name] for name in metrics)]
+    sampled = [model["decoding"] for model in results["models"] if model.get("decoding")]
+    header = ["model", "latents", *(["decoder"] if sampled else []), *(LABELS[name] for name in metrics)]
     header += ["encode img/s", "decode img/s"] if with_speed else []
     rows = []
     for model in results["models"]:
-        row = [model["name"], shape_label(model)]
+        row = [model["name"], shape_label(model), *([steps_label(model) or "–"] if sampled else [])]
         row += [format_metric(name, model["metrics"].get(name)) for name in metrics]
         if with_speed:
             speed = model["speed"]
             row += [three_figures(speed[half]["images_per_second"]) if speed else "–" for half in ("encode", "decode")]
         rows.append(row)
     for baseline in results["baselines"]:
-        row = [baseline["name"], "–", *(format_metric(name, baseline.get(name)) for name in metrics)]
+        row = [
+            baseline["name"],
+            "–",
+            *(["–"] if sampled else []),
+            *(format_metric(name, baseline.get(name)) for name in metrics),
+        ]
         rows.append(row + ["–"] * (len(header) - len(row)))
     protocol, versions = results["protocol"], results["versions"]
     shown = ["size", "crop", "encode", "dtype", "quantisation", *metrics]
     foot = [f"protocol {results['protocol_sha256'][:12]}: {protocol['images']} images of {protocol['size']} px"]
     foot += [f"  {name}: {protocol[name]}" for name in shown if name != "size"]
+    if sampled:
+        foot.append(f"  decoders that sample: from noise seeded by {sampled[0]['seed']} and the image's name")
     foot += ["versions: " + ", ".join(f"{name} {version}" for name, version in versions.items() if version)]
     cost = [format_table(list(COST_HEADER), cost_rows(results)), cost_conditions(results)]
     latents = format_table(list(DIAGNOSTICS_HEADER), diagnostics_rows(results["models"]))

@@ -20,13 +20,14 @@ from latentae.bench.quality import Measurement, Quality
 from latentae.bench.report import Section, require_report, write_report
 from latentae.bench.results import SCHEMA, write_results
 from latentae.bench.samples import Samples
-from latentae.bench.speed import measure_speed
+from latentae.bench.speed import measure_speed, reference_cost
 from latentae.codec import LatentCodec
 from latentae.console import Progress, say
 from latentae.data.sources import Source, open_source, refuse_output_in_input
 from latentae.errors import RequestError
 from latentae.files import sha256_json
 from latentae.nn.pixels import to_uint8
+from latentae.store.decode import noise_generator
 from latentae.store.worker import check_max_bad, key_generator, refuse_too_many_bad
 
 SMALLEST_SIZE = 32  # what the perceptual networks and the SSIM window still take
@@ -51,6 +52,7 @@ def bench(
     speed_batch_size: int | None = None,
     report_images: int = 24,
     random_weights: bool = False,
+    decode_steps: Sequence[int] = (),
     equivariance: int = 0,
     baselines: Sequence[dict[str, Any]] = (),
     extra_sections: Sequence[Section] = (),
@@ -75,6 +77,8 @@ def bench(
             and 1 elsewhere.
         report_images: how many images the report shows.
         random_weights: allow presets with random weights.
+        decode_steps: numbers of steps of decoders that sample, each measured as a model of its own; by default the
+            models' own numbers.
         equivariance: on how many images to measure how latents follow rotations and scalings, which needs about 7
             times the work for each; it is in ``latents``, with R-rFID where rFID is measured.
         baselines: rows ``{"name", "psnr"}`` for the table, see `latentae.bench.baselines`.
@@ -104,10 +108,13 @@ def bench(
     quality = Quality(metrics)
     for metric, reason in quality.skipped.items():
         say(f"{metric} is not measured: {reason}")
-    contestants = open_contestants(models, device=device, dtype=dtype, random_weights=random_weights)
+    contestants = open_contestants(
+        models, device=device, dtype=dtype, random_weights=random_weights, decode_steps=decode_steps
+    )
     samples = Samples(folder, images, len(contestants), report_images)
 
     measured: list[dict[str, Any]] = []
+    reference: dict[str, Any] | None = None
     while contestants:
         contestant = contestants.pop(0)  # and with it goes its memory
         name, codec = contestant.name, contestant.codec()
@@ -129,7 +136,9 @@ def bench(
             raise RequestError(f"{name} runs out of GPU memory: use less than batch_size={batch_size}.") from error
         for warning in figures["warnings"]:
             say(f"{name}: {warning}")
-        measured.append({"name": name, **describe(codec, size), **figures, "speed": timing})
+        measured.append({"name": name, **describe(codec, size, seed), **figures, "speed": timing})
+        if codec.samples and reference is None:  # steps have a price
+            reference = reference_cost(codec, size, speed_batch if timing else None)
 
     protocol = describe_protocol(images, sample=sample, seed=seed, dtype=_common(measured, "dtype"))
     results = {
@@ -149,6 +158,7 @@ def bench(
             ],
         },
         "models": measured,
+        "reference_cost": reference,
         "baselines": list(baselines),
         "samples": samples.rows,
     }
@@ -184,7 +194,8 @@ def _measure(
     with Progress(name, len(images.good)) as progress:
         for keys, originals in images.batches():
             latents = codec.encode(originals, sample=sample, generator=_generators(seed, keys))
-            pixels = codec.decode(latents, generator=_generators(seed, keys))  # (B, 3, size, size)
+            noise = [noise_generator(seed, key) for key in keys]
+            pixels = codec.decode(latents, generator=noise)  # (B, 3, size, size)
             finite = pixels.isfinite().flatten(1).all(1).to(pair_device)
             reconstruction = to_uint8(pixels).to(pair_device)
             measurement.add(keys, reconstruction, originals.to(pair_device), finite)

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from latentae.codec import LatentCodec
+from latentae.families.base import Autoencoder, count_halves
 
 WARM_UP = {"cpu": 1, "cuda": 10}
 ENOUGH_SECONDS = 20.0  # a slow model is measured fewer times, but at least three
@@ -27,14 +29,29 @@ ENOUGH_SECONDS = 20.0  # a slow model is measured fewer times, but at least thre
 def measure_speed(codec: LatentCodec, size: int, batch_size: int = 1, repeats: int = 20) -> dict[str, Any]:
     """Time ``codec.encode`` and ``codec.decode`` at ``size`` x ``size``.
 
+    Of a decoder of ours that samples, ``decode`` is the whole image, and ``decode_step`` one run of the denoiser: the
+    difference that steps make.
+
     Returns:
         The conditions, and for ``encode`` and ``decode`` each ``images_per_second`` with its quartiles,
         ``seconds_per_batch`` (median), ``repeats`` and ``peak_memory_bytes``: allocated on a CUDA device, resident in
         the whole process on Linux, else None.
     """
     generator = torch.Generator().manual_seed(0)
+    steps = codec.num_inference_steps
     pixels = (torch.rand(batch_size, 3, size, size, generator=generator) * 2 - 1).to(codec.device)
     latents = codec.encode(pixels)
+    timed = {
+        "encode": _time(lambda: codec.encode(pixels), codec.device, batch_size, repeats),
+        "decode": _time(lambda: codec.decode(latents), codec.device, batch_size, repeats),
+    }
+    if steps is not None and isinstance(codec.autoencoder, Autoencoder):
+        others = 1 if steps > 1 else 2
+        fewer = codec.with_inference_steps(others)
+        seconds = _time(lambda: fewer.decode(latents), codec.device, batch_size, repeats)["seconds_per_batch"]
+        timed["decode_step"] = {
+            "seconds_per_batch": max((timed["decode"]["seconds_per_batch"] - seconds) / (steps - others), 0.0)
+        }
     return {
         "size": size,
         "batch_size": batch_size,
@@ -43,8 +60,7 @@ def measure_speed(codec: LatentCodec, size: int, batch_size: int = 1, repeats: i
         "threads": torch.get_num_threads() if codec.device.type == "cpu" else None,
         "load_average": os.getloadavg()[0],
         "memory_is": "allocated on the device" if codec.device.type == "cuda" else "resident in the process",
-        "encode": _time(lambda: codec.encode(pixels), codec.device, batch_size, repeats),
-        "decode": _time(lambda: codec.decode(latents), codec.device, batch_size, repeats),
+        **timed,
     }
 
 
@@ -106,18 +122,19 @@ def device_name(device: torch.device) -> str:
 
 def count_parameters(autoencoder: nn.Module) -> dict[str, int]:
     """Parameters of the whole model and, where it has such halves, of ``encoder`` and ``decoder``."""
-    halves = {name: getattr(autoencoder, name, None) for name in ("encoder", "decoder")}
-    modules = {name: half for name, half in halves.items() if isinstance(half, nn.Module)}
-    return {name: sum(p.numel() for p in m.parameters()) for name, m in {**modules, "total": autoencoder}.items()}
+    return {**count_halves(autoencoder), "total": sum(p.numel() for p in autoencoder.parameters())}
 
 
 def count_gmac(codec: LatentCodec, size: int) -> dict[str, Any]:
     """10^9 multiply-accumulates of ``encode`` and ``decode`` of one ``size`` x ``size`` image.
 
     Convolutions, matrix products and attention count; norms and element-wise work do not (papers that say GFLOPs
-    often mean these MACs). ``{"reason": ...}`` where a model cannot run on fake tensors.
+    often mean these MACs). Where a decoder of ours samples, ``decode_step`` is one run of its denoiser, which
+    ``decode`` holds as often as there are steps. ``{"reason": ...}`` where a model cannot run on fake tensors.
     """
+    steps = codec.num_inference_steps
     codec = LatentCodec(codec.autoencoder)  # neither compiled nor under autocast
+    by_steps = steps is not None and isinstance(codec.autoencoder, Autoencoder)
     on_meta = codec.device.type == "meta"  # tensors without values already
     try:
         with contextlib.nullcontext() if on_meta else FakeTensorMode(allow_non_fake_inputs=True):
@@ -125,7 +142,43 @@ def count_gmac(codec: LatentCodec, size: int) -> dict[str, Any]:
             with FlopCounterMode(display=False) as encode:
                 latents = codec.encode(pixels)
             with FlopCounterMode(display=False) as decode:
-                codec.decode(latents)
+                codec.decode(latents, num_inference_steps=1 if by_steps else None)
+            with FlopCounterMode(display=False) as again:
+                if by_steps:
+                    codec.decode(latents, num_inference_steps=2)
     except (RuntimeError, NotImplementedError, TypeError) as error:
         return {"reason": f"{type(codec.autoencoder).__name__} cannot run on fake tensors: {error}".splitlines()[0]}
-    return {"encode": encode.get_total_flops() / 2e9, "decode": decode.get_total_flops() / 2e9}
+    counts = {"encode": encode.get_total_flops() / 2e9, "decode": decode.get_total_flops() / 2e9}
+    if by_steps and steps is not None:
+        counts["decode_step"] = again.get_total_flops() / 2e9 - counts["decode"]
+        counts["decode"] += (steps - 1) * counts["decode_step"]
+    return counts
+
+
+def stable_diffusion_vae(device: str | torch.device = "meta") -> nn.Module:
+    """What costs are compared with: AutoencoderKL as Stable Diffusion 1 and 2 have it, with random weights."""
+    with torch.device(device):
+        autoencoder: Any = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+        )
+    return autoencoder
+
+
+def reference_cost(codec: LatentCodec, size: int, batch_size: int | None) -> dict[str, Any]:
+    """The cost of `stable_diffusion_vae` where ``codec`` runs; ``batch_size`` None does not time it."""
+    on_meta = stable_diffusion_vae()
+    cost = {
+        "name": "for comparison: SD-VAE",
+        "parameters": count_parameters(on_meta),
+        "gmac": count_gmac(LatentCodec(on_meta), size),
+        "speed": None,
+    }
+    if batch_size is not None:
+        timed = LatentCodec(
+            stable_diffusion_vae("cpu"), device=codec.device, dtype=codec.dtype, autocast=codec.autocast
+        )
+        cost["speed"] = measure_speed(timed, size, batch_size, repeats=3)
+    return cost

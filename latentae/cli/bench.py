@@ -51,6 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--sample", action="store_true", help="encode to a sample of the posterior instead of its mode")
     parser.add_argument("--seed", type=int, default=0, help="of --sample and of decoders that draw noise (default: 0)")
+    parser.add_argument(
+        "--decode-steps",
+        metavar="N",
+        help="steps of decoders that sample; several, such as 1,4,8, are rows of their own (default: the models')",
+    )
     parser.add_argument("--workers", type=int, default=4, metavar="N", help="threads that read and decode (default: 4)")
     add_max_bad(parser)
     parser.add_argument("--no-speed", action="store_true", help="do not time the models")
@@ -83,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
         report_images=args.report_images,
         random_weights=args.random_weights,
         equivariance=args.equivariance,
+        decode_steps=numbers(args.decode_steps or ""),
     )
     print(json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) if args.json else summarise(results))
     if args.out:
@@ -90,6 +96,16 @@ def run(args: argparse.Namespace) -> int:
 
         say(f"{args.out}/report.html shows the images; {args.out}/results.json holds every figure.")
     return 0
+
+
+def numbers(text: str) -> list[int]:
+    """``1,4,8`` as numbers."""
+    from latentae.errors import RequestError
+
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not all(word.isdecimal() for word in words):
+        raise RequestError(f"--decode-steps {text}: expected whole numbers such as 1,4,8.")
+    return [int(word) for word in words]
 
 
 def name_and_model(text: str) -> tuple[str, str]:

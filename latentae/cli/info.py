@@ -50,6 +50,7 @@ def _model(what: str) -> dict[str, Any]:
         "compression": f"f{codec.spatial_ratio}" + (f" t{codec.temporal_ratio}" if codec.is_video else ""),
         "latent_channels": codec.latent_channels,
         "parameters": sum(p.numel() for p in model.parameters()),
+        **({"decode_steps": codec.num_inference_steps} if codec.samples else {}),
         "dtype": str(codec.dtype).removeprefix("torch."),
         **codec.normalisation,
         "weights_sha256": weights_hash(model),

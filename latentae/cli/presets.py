@@ -68,18 +68,9 @@ def _count(autoencoder: Any) -> dict[str, float]:
 
 def _stable_diffusion() -> dict[str, Any]:
     """The row to compare with: diffusers' AutoencoderKL in the configuration of Stable Diffusion 1 and 2."""
-    import torch
-    from diffusers import AutoencoderKL
+    from latentae.bench.speed import count_parameters, stable_diffusion_vae
 
-    from latentae.bench.speed import count_parameters
-
-    with torch.device("meta"):
-        autoencoder: Any = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(128, 256, 512, 512),
-            layers_per_block=2,
-        )
+    autoencoder = stable_diffusion_vae()
     parameters = count_parameters(autoencoder)
     return {
         "name": "for comparison: SD-VAE",

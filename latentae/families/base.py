@@ -15,7 +15,7 @@ from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, I
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
-from torch import Tensor
+from torch import Tensor, nn
 
 from latentae.errors import RequestError
 from latentae.nn.tiling import blend_tiles, run_in_tiles
@@ -312,6 +312,16 @@ class Autoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[mi
         Families whose weights training reparametrises give a new model with plain ones. `export` writes this form.
         """
         return self
+
+
+def count_halves(autoencoder: nn.Module) -> dict[str, int]:
+    """Parameters of ``encoder`` and ``decoder``, where a model has such halves; a first decoder counts as decoder."""
+    counts: dict[str, int] = {}
+    for half, names in {"encoder": ("encoder",), "decoder": ("initial_decoder", "decoder")}.items():
+        modules = [getattr(autoencoder, name, None) for name in names]
+        if any(isinstance(module, nn.Module) for module in modules):
+            counts[half] = sum(p.numel() for m in modules if isinstance(m, nn.Module) for p in m.parameters())
+    return counts
 
 
 def _cut(pixels: int, ratio: int) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from latentae.errors import RequestError
-from latentae.families.base import Autoencoder
+from latentae.families.base import Autoencoder, count_halves
 
 _SEEDING = threading.Lock()  # the global generator is seeded for a moment
 DCAE_PAPER = "DC-AE (arXiv 2410.10733)"
@@ -265,9 +265,7 @@ def describe(name: str) -> dict[str, Any]:
     preset = find_preset(name)
     with torch.device("meta"):
         autoencoder = create(name)
-    millions = {
-        half: sum(p.numel() for p in getattr(autoencoder, half).parameters()) / 1e6 for half in ("encoder", "decoder")
-    }
+    millions = {half: count / 1e6 for half, count in count_halves(autoencoder).items()}
     return {
         "name": name,
         "family": preset.family,

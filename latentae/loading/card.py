@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from latentae.families.base import Autoencoder
+from latentae.families.base import Autoencoder, count_halves
 from latentae.families.presets import PRESETS
 from latentae.nn.padding import padding_mode
 from latentae.version import __version__
@@ -79,13 +79,24 @@ def _about(autoencoder: Autoencoder) -> str:
     ratio, channels = autoencoder.spatial_compression_ratio, autoencoder.latent_channels
     rows = {
         "latents": f"f{ratio}c{channels}: (B, {channels}, H/{ratio}, W/{ratio})",
-        "encoder": f"{sum(p.numel() for p in autoencoder.encoder.parameters()) / 1e6:.2f} M parameters",
-        "decoder": f"{sum(p.numel() for p in autoencoder.decoder.parameters()) / 1e6:.2f} M parameters",
+        **{half: f"{count / 1e6:.2f} M parameters" for half, count in count_halves(autoencoder).items()},
     }
+    if autoencoder.samples:
+        rows["decoding"] = _sampling(autoencoder.config)
     if preset := _preset_of(autoencoder):
         rows = {"configuration": f"`{preset}`, {PRESETS[preset].source}", **rows}
     table = ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
     return "\n".join([description.partition("\n\n")[0], "", *table, ""])
+
+
+def _sampling(config: Any) -> str:
+    """What a user of a decoder that samples must know."""
+    steps, seed = config["num_inference_steps"], config["decode_seed"]
+    return (
+        f"samples in {steps} step{'s' * (steps > 1)} of the denoiser (`num_inference_steps`), which predicts "
+        f"{config['prediction']} on the {config['path']} path; without a generator from one canvas of noise, "
+        f"seed {seed}, so that the same latents give the same image"
+    )
 
 
 def _preset_of(autoencoder: Autoencoder) -> str | None:

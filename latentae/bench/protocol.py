@@ -32,6 +32,9 @@ def describe_protocol(images: ImageSet, *, sample: bool, seed: int, dtype: str) 
         "quantisation": "both images uint8; the reconstruction clamped, then rounded half up",
         "psnr": "RGB, range 255, mean over images",
         "ssim": "RGB, range 255, 11-tap Gaussian of sigma 1.5, valid region, mean over images (as scikit-image)",
+        "ms_ssim": "RGB, range 255, five scales by 2x2 means with Wang's exponents, mean over channels and images",
+        "gmsd": "luma, range 255, halved, Prewitt, constant 170, mean over images",
+        "haarpsi": "YIQ, range 255, halved, C 30, alpha 4.2, mean over images",
         "lpips_alex": f"lpips package, version 0.1 heads, {WEIGHT_FILES['alexnet'].name}, mean over images",
         "lpips_vgg": f"lpips package, version 0.1 heads, {WEIGHT_FILES['vgg16'].name}, mean over images",
         "rfid": (

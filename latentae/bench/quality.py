@@ -1,7 +1,7 @@
 """Which metrics a benchmark measures, and what they give for one model.
 
-PSNR and SSIM need nothing. LPIPS and rFID need weight files, which are never downloaded: what is missing is recorded
-with the reason, and everything else is still measured.
+PSNR, SSIM, MS-SSIM, GMSD and HaarPSI need nothing. LPIPS and rFID need weight files, which are never downloaded: what
+is missing is recorded with the reason, and everything else is still measured.
 """
 
 from collections.abc import Sequence
@@ -14,11 +14,19 @@ from torch import Tensor
 from latentae.errors import MissingExtra, MissingWeights, RequestError
 from latentae.metrics.frechet import BIASED_BELOW, FrechetInceptionDistance
 from latentae.metrics.image import PSNR, SSIM, LPIPSMetric, MeanOfImages
+from latentae.metrics.similarity import GMSD, MSSSIM, HaarPSI
 
-METRICS = ("psnr", "ssim", "lpips_alex", "lpips_vgg", "rfid")
-ALWAYS = ("psnr", "ssim")
+METRICS = ("psnr", "ssim", "ms_ssim", "gmsd", "haarpsi", "lpips_alex", "lpips_vgg", "rfid")
+WITHOUT_WEIGHTS: dict[str, type[MeanOfImages]] = {
+    "psnr": PSNR,
+    "ssim": SSIM,
+    "ms_ssim": MSSSIM,
+    "gmsd": GMSD,
+    "haarpsi": HaarPSI,
+}
 GROUPS = {"lpips": ("lpips_alex", "lpips_vgg")}
-HIGHER_IS_BETTER = {"psnr": True, "ssim": True, "lpips_alex": False, "lpips_vgg": False, "rfid": False}
+LOWER_IS_BETTER = ("gmsd", "lpips_alex", "lpips_vgg", "rfid")
+HIGHER_IS_BETTER = {name: name not in LOWER_IS_BETTER for name in METRICS}
 BOOTSTRAP_DRAWS = 1000
 NOT_FINITE = "the reconstruction holds NaN or infinity"
 
@@ -29,7 +37,7 @@ def expand_metric_names(names: Sequence[str]) -> list[str]:
     Raises:
         RequestError: a name is unknown.
     """
-    wanted = set(ALWAYS)
+    wanted = set(WITHOUT_WEIGHTS)
     for name in names:
         if name not in METRICS and name not in GROUPS:
             raise RequestError(f"There is no metric {name!r}: choose from {', '.join([*METRICS, *GROUPS])}.")
@@ -42,12 +50,13 @@ class Quality:
 
     Args:
         names: metrics that must be measured; None measures all whose weights are here.
+        size: side of the images in pixels.
 
     Raises:
-        MissingWeights, MissingExtra: a metric that was asked for by name cannot be measured.
+        MissingWeights, MissingExtra, RequestError: a metric that was asked for by name cannot be measured.
     """
 
-    def __init__(self, names: Sequence[str] | None = None):
+    def __init__(self, names: Sequence[str] | None = None, size: int | None = None):
         self.per_image: dict[str, MeanOfImages] = {}
         self.frechet: FrechetInceptionDistance | None = None
         self.skipped: dict[str, str] = {}
@@ -58,6 +67,13 @@ class Quality:
                 if names is not None:
                     raise
                 self.skipped[name] = str(error)
+        for name, metric in list(self.per_image.items()):
+            if size is not None and size < metric.smallest:
+                reason = f"it needs images of at least {metric.smallest} px, these have {size} px"
+                if names is not None and name in names:
+                    raise RequestError(f"{name} cannot be measured: {reason}.")
+                self.skipped[name] = reason
+                del self.per_image[name]
 
     def _add(self, name: str) -> None:
         if name == "rfid":
@@ -65,7 +81,7 @@ class Quality:
         elif name.startswith("lpips_"):
             self.per_image[name] = LPIPSMetric(name.removeprefix("lpips_"))
         else:
-            self.per_image[name] = {"psnr": PSNR, "ssim": SSIM}[name]()
+            self.per_image[name] = WITHOUT_WEIGHTS[name]()
 
     @property
     def weights(self) -> dict[str, str]:

@@ -10,8 +10,17 @@ from latentae.errors import RequestError
 from latentae.files import read_json, write_json
 
 SCHEMA = 1
-DIGITS = {"psnr": 2, "ssim": 4, "lpips_alex": 4, "lpips_vgg": 4, "rfid": 3}
-LABELS = {"psnr": "PSNR", "ssim": "SSIM", "lpips_alex": "LPIPS alex", "lpips_vgg": "LPIPS vgg", "rfid": "rFID"}
+DIGITS = {name: {"psnr": 2, "rfid": 3}.get(name, 4) for name in METRICS}
+LABELS = {
+    "psnr": "PSNR",
+    "ssim": "SSIM",
+    "ms_ssim": "MS-SSIM",
+    "gmsd": "GMSD",
+    "haarpsi": "HaarPSI",
+    "lpips_alex": "LPIPS alex",
+    "lpips_vgg": "LPIPS vgg",
+    "rfid": "rFID",
+}
 
 
 def write_results(results: dict[str, Any], folder: Path | str) -> Path:

@@ -65,8 +65,9 @@ def bench(
         out: folder for ``results.json``, ``report.html`` and ``samples/``; None writes nothing.
         size: side of the square crop in pixels.
         limit: measure only the first images, in the order of their names.
-        metrics: names of `latentae.bench.quality.METRICS`, or ``lpips`` for both nets; PSNR and SSIM are always
-            measured. By default all whose weight files are here; the others are recorded as skipped, with the reason.
+        metrics: names of `latentae.bench.quality.METRICS`, or ``lpips`` for both nets; those that need no weights
+            are always measured. By default all whose weight files are here; the others are recorded as skipped, with
+            the reason.
         sample: encode to a sample of the posterior instead of its mode.
         seed: with the name of an image, the seed of its sample and of decoders that draw noise.
         device, dtype: where and in which precision models run, by default a GPU if there is one and float32; codecs
@@ -105,7 +106,7 @@ def bench(
         require_report()
     source = open_source(src) if isinstance(src, str | Path) else src
     images = ImageSet(source, source.items()[:limit], size, batch_size, workers)
-    quality = Quality(metrics)
+    quality = Quality(metrics, size)
     for metric, reason in quality.skipped.items():
         say(f"{metric} is not measured: {reason}")
     contestants = open_contestants(

@@ -122,12 +122,15 @@ def test_the_table_stands_without_javascript_and_marks_the_best(report):
     results, out = report
     page = Page((out / "report.html").read_text())
     titles, good, bad, baseline = page.rows[:4]
-    psnr, ssim = (next(i for i, title in enumerate(titles) if title.startswith(name)) for name in ("PSNR", "SSIM"))
+    names = ("PSNR", "SSIM", "GMSD", "HaarPSI")
+    psnr, ssim, gmsd, haarpsi = (next(i for i, title in enumerate(titles) if title.startswith(n)) for n in names)
     for row, model in ((good, results["models"][0]), (bad, results["models"][1])):
         assert f"{model['metrics']['psnr']:.2f}" in row[psnr]
         assert f"{model['metrics']['ssim']:.4f}" in row[ssim]
     assert "12.35" in baseline[psnr]
-    assert set(page.best) == {(1, psnr), (1, ssim)}
+    lower, higher = (model["metrics"]["gmsd"] for model in results["models"])
+    assert lower < higher  # and lower is better
+    assert set(page.best) == {(1, psnr), (1, ssim), (1, gmsd), (1, haarpsi)}
     for value in ("rounded half up", results["protocol_sha256"], "rFID not measured", "Some text.", "a caption"):
         assert value in page.text
     assert ["<i>y</i>", "2"] in page.rows

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import lpips
 import numpy as np
+import piq
 import pytest
 import torch
 import torchvision
@@ -161,7 +162,8 @@ def test_intervals_are_percentile_bootstrap_intervals(measured):
 def test_without_weight_files_everything_else_is_measured_and_says_why(measured, capsys):
     results, _, _ = measured
     for model in results["models"]:
-        assert set(model["metrics"]) == {"psnr", "ssim", "lpips_alex", "lpips_vgg", "rfid"}
+        without_weights = {"psnr", "ssim", "ms_ssim", "gmsd", "haarpsi"}
+        assert set(model["metrics"]) == without_weights | {"lpips_alex", "lpips_vgg", "rfid"}
         for name, file in [("lpips_alex", "alexnet-owt"), ("lpips_vgg", "vgg16-397923af"), ("rfid", "inception-2015")]:
             assert model["metrics"][name] is None
             assert file in model["skipped"][name]
@@ -171,15 +173,31 @@ def test_without_weight_files_everything_else_is_measured_and_says_why(measured,
 def test_each_missing_file_gets_one_line_on_standard_error(photo_folder, capsys):
     bench(photo_folder, [tiny_taesd()], size=32, speed=False)
     lines = [line for line in capsys.readouterr().err.splitlines() if "is not measured" in line]
-    assert [line.split()[0] for line in lines] == ["lpips_alex", "lpips_vgg", "rfid"]
+    assert [line.split()[0] for line in lines] == ["lpips_alex", "lpips_vgg", "rfid", "ms_ssim"]
 
 
 def test_a_metric_that_is_asked_for_by_name_must_be_there(photo_folder):
     with pytest.raises(MissingWeights, match="alexnet-owt-7be5be79"):
         bench(photo_folder, [tiny_taesd()], size=32, metrics=["lpips"])
     results = bench(photo_folder, [tiny_taesd()], size=32, metrics=["psnr"], speed=False)
-    assert set(results["models"][0]["metrics"]) == {"psnr", "ssim"}
-    assert not results["models"][0]["skipped"]
+    assert set(results["models"][0]["metrics"]) == {"psnr", "ssim", "ms_ssim", "gmsd", "haarpsi"}
+    assert set(results["models"][0]["skipped"]) == {"ms_ssim"}  # of 161 pixels, and nobody asked for it
+
+
+def test_ms_ssim_waits_for_161_pixels(photo_folder, tmp_path):
+    with pytest.raises(RequestError, match="ms_ssim cannot be measured: it needs images of at least 161 px"):
+        bench(photo_folder, [tiny_taesd()], size=160, metrics=["ms_ssim"])
+    results = bench(photo_folder, [tiny_taesd()], out=tmp_path, size=176, limit=2, speed=False, metrics=["psnr"])
+    model = results["models"][0]
+    assert not model["skipped"]
+    for sample, row in zip(results["samples"], model["per_image"], strict=True):
+        original, reconstruction = (
+            torch.tensor(image).permute(2, 0, 1)[None].double() for image in read_pair(tmp_path, sample)
+        )
+        for name, theirs in (("ms_ssim", piq.multi_scale_ssim), ("gmsd", piq.gmsd), ("haarpsi", piq.haarpsi)):
+            assert row[name] == pytest.approx(theirs(reconstruction, original, data_range=255).item(), abs=1e-9)
+    text = summarise(results)
+    assert all(label in text for label in ("MS-SSIM", "GMSD", "HaarPSI"))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:torchvision")
@@ -197,7 +215,7 @@ def test_lpips_is_measured_where_its_file_is(photo_folder, tmp_path, monkeypatch
         pair = [torch.tensor(image).permute(2, 0, 1)[None] / 127.5 - 1 for image in read_pair(tmp_path / "out", sample)]
         assert row["lpips_alex"] == pytest.approx(theirs(*pair).item(), rel=1e-4)
     assert model["metrics"]["lpips_alex"] == pytest.approx(np.mean([row["lpips_alex"] for row in model["per_image"]]))
-    assert set(model["skipped"]) == {"lpips_vgg", "rfid"}
+    assert set(model["skipped"]) == {"lpips_vgg", "rfid", "ms_ssim"}
     assert results["metric_weights_sha256"] == {"lpips_alex": sha256}
     assert "LPIPS alex" in summarise(results)
 

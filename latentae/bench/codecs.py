@@ -1,0 +1,50 @@
+"""Classical codecs as reference points: what a file of so many bits keeps of an image without any training."""
+
+import io
+import re
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, features
+
+from latentae.errors import RequestError
+
+FORMATS = {"jpeg": (1, 100), "webp": (0, 100), "avif": (0, 100)}  # with the range of their quality
+OPTIONS = {"jpeg": {"optimize": True}, "webp": {"method": 6}, "avif": {}}
+
+
+@dataclass(frozen=True)
+class ClassicalCodec:
+    """JPEG (4:2:0, optimised tables), WebP (method 6) or AVIF (4:2:0) of one quality, as Pillow writes them."""
+
+    format: str
+    quality: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.format}:{self.quality}"
+
+    def reconstruct(self, image: np.ndarray) -> tuple[np.ndarray, int]:
+        """What a file keeps of an image, uint8 (H, W, 3), and the size of the whole file in bits."""
+        stream = io.BytesIO()
+        Image.fromarray(image).save(stream, self.format, quality=self.quality, **OPTIONS[self.format])
+        bits = 8 * stream.tell()
+        return np.array(Image.open(stream).convert("RGB")), bits
+
+
+def classical_codec(name: str) -> ClassicalCodec | None:
+    """The codec of a name such as ``jpeg:75``; None for other names.
+
+    Raises:
+        RequestError: a quality that the format does not have, or a format that this Pillow does not write.
+    """
+    match = re.fullmatch(rf"({'|'.join(FORMATS)}):(.*)", name)
+    if match is None:
+        return None
+    format, text = match.groups()
+    lowest, highest = FORMATS[format]
+    if not re.fullmatch(r"\d{1,3}", text) or not lowest <= int(text) <= highest:
+        raise RequestError(f"{name}: the quality of {format} is a whole number from {lowest} to {highest}.")
+    if format != "jpeg" and not features.check(format):
+        raise RequestError(f"{name}: the Pillow on this machine writes no {format.upper()}; install a newer one.")
+    return ClassicalCodec(format, int(text))

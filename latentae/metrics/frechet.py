@@ -71,8 +71,8 @@ class FrechetDistance(ExactSums):
                 f"outer_{side}", torch.zeros(dimension, dimension, dtype=torch.float64), dist_reduce_fx="sum"
             )
 
-    def update(self, images: Tensor, original: bool) -> None:
-        """Add images, uint8 (B, 3, H, W), to the originals or to the reconstructions.
+    def features(self, images: Tensor) -> Tensor:
+        """What the network says of images, uint8 (B, 3, H, W): (B, d) float64.
 
         A network with ``takes_floats`` also gets floats in [-1, 1] as they are.
         """
@@ -85,7 +85,11 @@ class FrechetDistance(ExactSums):
                 f"The Fréchet distance got {images.dtype} of shape {tuple(images.shape)}; expected uint8 (B, 3, H, W)."
             )
         with full_precision(images.device):
-            features = network(images).double()  # (B, d)
+            return network(images).double()
+
+    def update(self, images: Tensor, original: bool) -> None:
+        """Add images, or their `features` (B, d), to the originals or to the reconstructions."""
+        features = images if images.ndim == 2 else self.features(images)
         side = "original" if original else "reconstruction"
         getattr(self, f"count_{side}").add_(len(features))
         getattr(self, f"sum_{side}").add_(features.sum(0))

@@ -246,6 +246,11 @@ class DiffusionAutoencoder(Autoencoder):
                     f"{type(scheduler).__name__} is for {kind} predictions; diffusion decoders need one for flow "
                     "matching, such as FlowMatchEulerDiscreteScheduler."
                 )
+            if config.get("use_dynamic_shifting"):
+                raise RequestError(
+                    f"{type(scheduler).__name__} with use_dynamic_shifting takes its times from a denoiser of latents: "
+                    "turn it off, or use shift."
+                )
         self.scheduler = scheduler
 
     def _warn_of_foreign(self, z: Tensor) -> None:

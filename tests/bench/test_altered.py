@@ -13,9 +13,9 @@ from PIL import Image
 from scipy import stats
 from torch import nn
 
+from latentae.bench.altered import ALLOWED_LOSS, STEPS, AlteredLatents, entropy_bits
 from latentae.bench.baselines import block_mean_baseline, pca_baseline
 from latentae.bench.codecs import ClassicalCodec, classical_codec
-from latentae.bench.rate import ALLOWED_LOSS, STEPS, LatentRate, entropy_bits
 from latentae.codec import LatentCodec
 from latentae.data.samples import dead_leaves
 from latentae.data.transforms import to_tensor
@@ -69,11 +69,11 @@ def test_few_samples_are_corrected_upwards():
 
 
 def measured(codec, originals, **options):
-    rate = LatentRate(codec, no_noise, **options)
+    altered = AlteredLatents(codec, no_noise, **options)
     for i, batch in enumerate(originals.split(2)):
         posterior = codec.encode(batch).posterior
-        rate.add([f"{i}-{j}" for j in range(len(batch))], batch, posterior.mode())
-    return rate.results()
+        altered.add([f"{i}-{j}" for j in range(len(batch))], batch, posterior.mode())
+    return altered.results()["rate"]
 
 
 def test_rates_and_distortions_of_averages_in_closed_form():
@@ -81,7 +81,7 @@ def test_rates_and_distortions_of_averages_in_closed_form():
     colours = torch.randint(0, 256, (4, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     originals = colours.repeat_interleave(2, 2).repeat_interleave(2, 3)
     found = measured(LatentCodec(Averages()), originals)
-    assert found["psnr_unquantised"] == 100.0
+    assert found["psnr_unaltered"] == 100.0
     std = (colours.double() / 127.5 - 1).std()
     for point in found["curve"]:
         step = float(std) * point["step"]
@@ -100,10 +100,10 @@ def test_the_coarsest_step_that_loses_little_is_taken():
     found = measured(LatentCodec(Averages()), originals)  # the mean of four pixels loses much more than rounding
     curve = {point["step"]: point["psnr"] for point in found["curve"]}
     assert found["within"]
-    assert found["psnr"] >= found["psnr_unquantised"] - ALLOWED_LOSS
+    assert found["psnr"] >= found["psnr_unaltered"] - ALLOWED_LOSS
     coarser = [step for step in STEPS if step > found["step"]]
     assert coarser
-    assert all(curve[step] < found["psnr_unquantised"] - ALLOWED_LOSS for step in coarser)
+    assert all(curve[step] < found["psnr_unaltered"] - ALLOWED_LOSS for step in coarser)
     bits = [point["bits_per_pixel"] for point in found["curve"]]
     assert bits == sorted(bits)
 
@@ -138,9 +138,24 @@ def test_only_so_many_images_and_none_with_nan():
     codec = LatentCodec(Averages())
     originals = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8)
     assert measured(codec, originals, count=3)["images"] == 3
-    rate = LatentRate(codec, no_noise)
+    rate = AlteredLatents(codec, no_noise)
     rate.add(["a"], originals[:1], torch.full((1, 3, 4, 4), math.nan))
-    assert rate.results() is None
+    assert rate.results() == {"rate": None, "noise_robustness": None}
+
+
+def test_noise_on_latents_in_closed_form():
+    """A gain of one from latents to pixels: the error of the pixels is the noise of the latents."""
+    rng = torch.Generator().manual_seed(0)
+    originals = (127 + 20 * torch.randn(4, 3, 32, 32, generator=rng)).clamp(0, 255).to(torch.uint8)
+    originals = originals.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    codec = LatentCodec(Averages())
+    altered = AlteredLatents(codec, no_noise)
+    altered.add(["a", "b", "c", "d"], originals, codec.encode(originals).posterior.mode())
+    found = altered.results()["noise_robustness"]
+    assert found["psnr_unaltered"] == 100.0
+    for point in found["curve"]:
+        error = (point["noise"] * 20) ** 2 + 1 / 12  # and the rounding to uint8
+        assert point["psnr"] == pytest.approx(10 * math.log10(255**2 / error), abs=0.15)
 
 
 @pytest.mark.parametrize("name", ["jpeg:75", "webp:80", "avif:60"])

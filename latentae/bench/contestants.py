@@ -33,6 +33,11 @@ class Contestant:
             codec = LatentCodec(codec, device=self.device, dtype=self.dtype)
         return codec if self.steps is None else codec.with_inference_steps(self.steps)
 
+    def identity(self) -> dict[str, Any]:
+        """What tells this model from another of its name."""
+        inner = self.model.autoencoder if isinstance(self.model, LatentCodec) else self.model
+        return {"weights_sha256": weights_hash(inner), "dtype": str(self.dtype), "steps": self.steps}
+
 
 def open_contestants(
     models: Sequence[Model | tuple[str, Model]],

@@ -15,6 +15,7 @@ from latentae.bench.report import Section
 from latentae.bench.results import DIAGNOSTICS_HEADER, diagnostics_rows
 from latentae.metrics.intrinsic_dimension import TwoNN
 from latentae.metrics.moments import EffectiveRank, PosteriorKL
+from latentae.metrics.spatial import SpatialCorrelation
 from latentae.metrics.spectrum import RadialSpectrum
 
 MOST_POINTS = 2000
@@ -26,15 +27,22 @@ class LatentDiagnostics:
 
     def __init__(self) -> None:
         self.spectrum: RadialSpectrum | None = None
+        self.spatial: SpatialCorrelation | None = None
         self.rank: EffectiveRank | None = None
         self.dimension: TwoNN | None = None
         self.divergence: PosteriorKL | None = None
 
-    def add(self, z: Tensor, posterior: Any) -> None:
-        """Add latents (B, C, …) and the distribution that they come from; images with NaN or infinity stay out."""
+    def add(self, z: Tensor, posterior: Any, places: Sequence[int] | None = None) -> None:
+        """Add latents (B, C, …) and the distribution that they come from.
+
+        With the images' places in the order of all, processes that share the work draw the sample that one would.
+        Images with NaN or infinity stay out.
+        """
         z = z.detach().cpu()
         finite = z.isfinite().flatten(1).all(1)
-        self._add_latents(z[finite])
+        if places is not None:
+            places = [place for place, is_finite in zip(places, finite.tolist()) if is_finite]
+        self._add_latents(z[finite], places)
         if (moments := gaussian_moments(posterior)) is not None:
             mean, log_variance = (x.detach().cpu() for x in moments)
             finite = (mean.isfinite() & log_variance.isfinite()).flatten(1).all(1)
@@ -42,27 +50,30 @@ class LatentDiagnostics:
                 self.divergence = self.divergence or PosteriorKL(mean.shape[1])
                 self.divergence.update(mean[finite], log_variance[finite])
 
-    def _add_latents(self, z: Tensor) -> None:
+    def _add_latents(self, z: Tensor, places: Sequence[int] | None) -> None:
         if not len(z):
             return
         if self.rank is None or self.dimension is None:
             self.rank = EffectiveRank(z.shape[1])
             self.dimension = TwoNN(min(MOST_POINTS, MOST_BYTES // (4 * z[0].numel())))
-            self.spectrum = RadialSpectrum(z.shape[1]) if z.ndim > 3 else None  # tokens are no grid
+            if z.ndim > 3:  # tokens are no grid
+                self.spectrum, self.spatial = RadialSpectrum(z.shape[1]), SpatialCorrelation(z.shape[1])
         self.rank.update(z)
-        self.dimension.update(z)
-        if self.spectrum is not None:
+        self.dimension.update(z, places)
+        if self.spectrum is not None and self.spatial is not None:
             self.spectrum.update(z)
+            self.spatial.update(z)
 
     def results(self) -> dict[str, Any]:
         """As JSON; what could not be measured is None.
 
-        ``spectrum`` (see `RadialSpectrum`), ``effective_rank`` of as many channels, ``intrinsic_dimension`` of whole
+        ``spectrum`` (see `RadialSpectrum`), ``spatial_correlation`` by lag, ``effective_rank`` of as many channels, ``intrinsic_dimension`` of whole
         latents with the number of ``points`` it comes from, and ``kl`` in nats per element, None without a Gaussian.
         """
         dimension = self.dimension.compute() if self.dimension else {}
         return {
             "spectrum": _plain(self.spectrum.compute()) if self.spectrum else None,
+            "spatial_correlation": _plain(self.spatial.compute()) if self.spatial else None,
             "effective_rank": _plain(self.rank.compute()) if self.rank else None,
             "intrinsic_dimension": {
                 "two_nn": _plain(dimension.get("dimension")),
@@ -84,7 +95,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Tensor):
         value = value.tolist()
     if isinstance(value, dict):
-        return {name: _plain(inner) for name, inner in value.items()}
+        return {str(name): _plain(inner) for name, inner in value.items()}
     if isinstance(value, list):
         return [_plain(inner) for inner in value]
     return value if value is not None and math.isfinite(value) else None

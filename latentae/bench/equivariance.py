@@ -1,5 +1,6 @@
 """How the latents of a model follow rotations and scalings of the image, as a part of a benchmark."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from latentae.bench.quality import Quality
 from latentae.bench.report import Section
+from latentae.bench.state import merge
 from latentae.codec import LatentCodec
 from latentae.errors import RequestError
 from latentae.metrics.equivariance import EquivarianceMeasurement
@@ -25,7 +27,7 @@ class LatentEquivariance:
     """
 
     def __init__(self, codec: LatentCodec, images: int, quality: Quality):
-        self.codec, self.left, self.measured = codec, images, 0
+        self.codec, self.wanted, self.measured = codec, images, 0
         self.skipped = "this model works on videos" if codec.is_video else ""
         self.rfid_skipped = quality.skipped.get("rfid", "" if quality.frechet else "rfid was not asked for")
         self.device = torch.device("cpu") if codec.device.type == "mps" else codec.device  # MPS has no float64
@@ -36,10 +38,9 @@ class LatentEquivariance:
             frechet=quality.frechet if images > 1 else None,
         )
 
-    def add(self, originals: Tensor) -> None:
-        """Add images, uint8 (B, 3, H, W)."""
-        originals = originals[: self.left]
-        self.left -= len(originals)
+    def add(self, originals: Tensor, places: Sequence[int]) -> None:
+        """Add images, uint8 (B, 3, H, W), of which those among the first ``wanted`` places count."""
+        originals = originals[: sum(place < self.wanted for place in places)]
         if not len(originals) or self.skipped:
             return
         pixels = pad_to_multiple(to_float(originals.to(self.device)), self.codec.spatial_ratio)
@@ -48,6 +49,12 @@ class LatentEquivariance:
             self.measured += len(originals)
         except RequestError as error:
             self.skipped = str(error)
+
+    def merge(self, other: "LatentEquivariance") -> None:
+        """Add what another process measured."""
+        self.skipped = self.skipped or other.skipped
+        self.measured += other.measured
+        merge(self.measurement, other.measurement)
 
     def results(self) -> dict[str, Any]:
         """``{"equivariance": …}``: its figures, None where they are not finite, or why there are none."""

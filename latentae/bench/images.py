@@ -1,15 +1,20 @@
 """The images of a benchmark: decoded and cropped in threads, in one order, for every model the same pixels.
 
-An image that cannot be decoded is left out, counted and named once; the others are measured.
+An image that cannot be decoded is left out, counted and named once; the others are measured. Batches are the same
+whoever takes them: where a process starts again, or several share the work, each sees whole batches of the one order.
 """
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from latentae.bench.crops import Crop
 from latentae.data.decode import BadImage, decode_image
 from latentae.data.sources import Item, Source
 from latentae.data.transforms import adm_center_crop, to_tensor
@@ -17,54 +22,112 @@ from latentae.errors import DataError
 from latentae.store.worker import PREFETCH_BYTES, prefetch
 
 
+@dataclass
+class ImageFacts:
+    """What is known of the images so far, by their place in the order; JSON can hold it.
+
+    Attributes:
+        digests: the sha256 of the cropped pixels.
+        enlarged: the places of those that were smaller than the crop.
+        bad: reason and explanation for those that cannot be decoded.
+    """
+
+    digests: dict[int, str] = field(default_factory=dict)
+    enlarged: list[int] = field(default_factory=list)
+    bad: dict[int, tuple[str, str]] = field(default_factory=dict)
+
+    def merge(self, other: "ImageFacts") -> None:
+        self.digests |= other.digests
+        self.enlarged = sorted({*self.enlarged, *other.enlarged})
+        self.bad |= other.bad
+
+    def to_json(self) -> dict[str, Any]:
+        return {"digests": [*self.digests.items()], "enlarged": self.enlarged, "bad": [*self.bad.items()]}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "ImageFacts":
+        bad = {place: (reason, explanation) for place, (reason, explanation) in value["bad"]}
+        return cls(dict(value["digests"]), value["enlarged"], bad)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images of one batch: its number, their places in the order, their keys and pixels, uint8 (B, 3, size, size)."""
+
+    number: int
+    places: list[int]
+    keys: list[str]
+    pixels: Tensor
+
+
 class ImageSet:
     """Square crops of the images of a source, streamed in batches as often as there are models.
 
-    After the first complete pass ``bad`` holds the images that could not be decoded, key to error, ``sha256`` the hash
-    of all cropped pixels in order, and ``enlarged`` the number of images that were smaller than the crop.
+    ``facts`` fills up on the way.
     """
 
-    def __init__(self, source: Source, items: list[Item], size: int, batch_size: int, workers: int):
-        self.source, self.items, self.size = source, items, size
+    def __init__(
+        self,
+        source: Source,
+        items: list[Item],
+        size: int,
+        batch_size: int,
+        workers: int,
+        crop: Crop = adm_center_crop,
+    ):
+        self.source, self.items, self.size, self.crop = source, items, size, crop
         self.batch_size, self.workers = batch_size, workers
-        self.bad: dict[str, BadImage] = {}
-        self.enlarged = 0
-        self.sha256: str | None = None
+        self.facts = ImageFacts()
 
     @property
     def good(self) -> list[Item]:
-        return [item for item in self.items if item.key not in self.bad]
+        """The images that have not turned out bad."""
+        return [item for place, item in enumerate(self.items) if place not in self.facts.bad]
 
-    def batches(self) -> Iterator[tuple[list[str], Tensor]]:
-        """Keys and pixels, uint8 (B, 3, size, size).
+    @property
+    def bad(self) -> dict[str, BadImage]:
+        """Key to error of those that cannot be decoded."""
+        return {self.items[place].key: BadImage(*why) for place, why in sorted(self.facts.bad.items())}
+
+    @property
+    def sha256(self) -> str:
+        """Hash of all cropped pixels in order."""
+        digests = "".join(digest for _, digest in sorted(self.facts.digests.items()))
+        return hashlib.sha256(digests.encode()).hexdigest()
+
+    def batches(self, start: int = 0, share: int = 0, shares: int = 1) -> Iterator[Batch]:
+        """Batches from number ``start`` on, every ``shares``-th of them from ``share`` on.
 
         Raises:
-            DataError: a later pass met other pixels than the first.
+            DataError: an image has other pixels than an earlier pass met.
         """
-        digest, enlarged, keys, crops = hashlib.sha256(), 0, list[str](), list[Tensor]()
+        chosen = [
+            place
+            for place in range(len(self.items))
+            if (number := place // self.batch_size) >= start
+            and number % shares == share
+            and place not in self.facts.bad
+        ]
         cost = 3 * self.size**2
-        loaded = prefetch(self._load, self.good, workers=self.workers, cost=lambda _: cost, budget=PREFETCH_BYTES)
-        for item, image in loaded:
-            if isinstance(image, BadImage):
-                self.bad[item.key] = image
-                continue
-            crop, was_enlarged = image
-            digest.update(crop.data)
-            enlarged += was_enlarged
-            keys.append(item.key)
-            crops.append(to_tensor(crop))
-            if len(keys) == self.batch_size:
-                yield keys, torch.stack(crops)
-                keys, crops = [], []
-        if keys:
-            yield keys, torch.stack(crops)
-        if self.sha256 not in (None, digest.hexdigest()):
-            raise DataError("The images changed while they were measured: run again when nothing writes to them.")
-        self.sha256, self.enlarged = digest.hexdigest(), enlarged
+        loaded = prefetch(self._load, chosen, workers=self.workers, cost=lambda _: cost, budget=PREFETCH_BYTES)
+        for number, members in groupby(loaded, lambda pair: pair[0] // self.batch_size):
+            crops = [(place, crop) for place, crop in members if crop is not None]
+            if crops:
+                places = [place for place, _ in crops]
+                pixels = torch.stack([to_tensor(crop) for _, crop in crops])
+                yield Batch(number, places, [self.items[place].key for place in places], pixels)
 
-    def _load(self, item: Item) -> tuple[Item, tuple[np.ndarray, bool] | BadImage]:
+    def _load(self, place: int) -> tuple[int, np.ndarray | None]:
         try:
-            image = decode_image(self.source.read(item))
+            image = decode_image(self.source.read(self.items[place]))
         except BadImage as error:
-            return item, error
-        return item, (adm_center_crop(image, self.size), min(image.shape[:2]) < self.size)
+            self.facts.bad[place] = (error.reason, error.explanation)
+            return place, None
+        crop = self.crop(image, self.size)
+        digest = hashlib.sha256(crop.data).hexdigest()
+        if self.facts.digests.get(place, digest) != digest:
+            raise DataError("The images changed while they were measured: run again when nothing writes to them.")
+        self.facts.digests[place] = digest
+        if min(image.shape[:2]) < self.size and place not in self.facts.enlarged:
+            self.facts.enlarged.append(place)
+        return place, crop

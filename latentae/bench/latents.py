@@ -28,6 +28,12 @@ class LatentStatistics:
         self.total = self.total + channels.sum(1).numpy()
         self.squares = self.squares + channels.square().sum(1).numpy()
 
+    def merge(self, other: "LatentStatistics") -> None:
+        """Add what another process summed."""
+        self.shape = self.shape or other.shape
+        self.count += other.count
+        self.total, self.squares = self.total + other.total, self.squares + other.squares
+
     def results(self) -> dict[str, Any]:
         """``mean`` and ``std`` per channel, the same overall, and the normalisation that they suggest.
 

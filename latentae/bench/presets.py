@@ -5,6 +5,9 @@ protocol that had to be guessed in part says so.
 """
 
 from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 from latentae.bench.crops import CROPS
 from latentae.errors import RequestError
@@ -18,15 +21,15 @@ READINGS = {
 QUANTISATIONS = {
     "round": "both images uint8; the reconstruction clamped, then rounded half up",
     "truncate": "both images uint8; the reconstruction clamped, then truncated",
-    "truncate-both": "both images uint8, clamped and truncated on the way from [-1, 1], which takes 1 from 63 of the 256 "
-    "levels of the original too",
+    "truncate-both": "both images uint8, clamped and truncated on the way from [-1, 1], which takes 1 from 63 of the "
+    "256 levels of the original too",
 }
 SSIMS = {
     "gaussian": "11-tap Gaussian of sigma 1.5, valid region (as scikit-image)",
     "padded": "11-tap Gaussian of sigma 1.5 over the reflected border (as torchmetrics), range 255",
     "padded-signed": "11-tap Gaussian of sigma 1.5 over the reflected border (as torchmetrics), on [-1, 1], range 2",
-    "padded-own-range": "11-tap Gaussian of sigma 1.5 over the reflected border (as torchmetrics), on [-1, 1], with the "
-    "range of each pair",
+    "padded-own-range": "11-tap Gaussian of sigma 1.5 over the reflected border (as torchmetrics), on [-1, 1], with "
+    "the range of each pair",
     "uniform": "flat 7 x 7 window, sample covariance, valid region (scikit-image's defaults)",
 }
 RESIZES = {
@@ -66,6 +69,15 @@ class Preset:
     resize: str = "tensorflow"
     inception_dtype: str = "float32"
     remark: str = ""
+
+    def inception(self) -> dict[str, Any]:
+        """The options of `FrechetInceptionDistance` where they differ from its defaults."""
+        options: dict[str, Any] = {}
+        if self.resize != "tensorflow":
+            options["resize"] = self.resize
+        if self.inception_dtype != "float32":
+            options["precision"] = getattr(torch, self.inception_dtype)
+        return options
 
     def describe(self) -> dict[str, str]:
         """Every choice in words, for the foot of the table and ``results.json``."""
@@ -107,8 +119,8 @@ PRESETS = {
             "adm",
             "ADM's evaluator, which VAR and LlamaGen use for rFID too",
             ("fid", "precision", "recall"),
-            remark="measures FID against statistics of --fid-reference, usually of the training set: not comparable with "
-            "rFID. The original runs the network in TensorFlow; sFID is not measured.",
+            remark="measures FID against statistics of --fid-reference, usually of the training set: not comparable "
+            "with rFID. The original runs the network in TensorFlow; sFID is not measured.",
         ),
         Preset(
             "ldm",

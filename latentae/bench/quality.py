@@ -5,18 +5,22 @@ is missing is recorded with the reason, and everything else is still measured.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from latentae.bench.pairs import Pair
+from latentae.bench.presets import PRESETS, Preset
+from latentae.bench.reference import FrechetReference
 from latentae.errors import MissingExtra, MissingWeights, RequestError
 from latentae.metrics.frechet import BIASED_BELOW, FrechetInceptionDistance
 from latentae.metrics.image import PSNR, SSIM, LPIPSMetric, MeanOfImages
 from latentae.metrics.similarity import GMSD, MSSSIM, HaarPSI
+from latentae.metrics.variants import FloatLPIPS, FloatPSNR, OwnRangeSSIM, PaddedSSIM, SignedSSIM, UniformSSIM
 
-METRICS = ("psnr", "ssim", "ms_ssim", "gmsd", "haarpsi", "lpips_alex", "lpips_vgg", "rfid")
+METRICS = ("psnr", "ssim", "ms_ssim", "gmsd", "haarpsi", "lpips_alex", "lpips_vgg", "rfid", "fid")
 WITHOUT_WEIGHTS: dict[str, type[MeanOfImages]] = {
     "psnr": PSNR,
     "ssim": SSIM,
@@ -25,7 +29,15 @@ WITHOUT_WEIGHTS: dict[str, type[MeanOfImages]] = {
     "haarpsi": HaarPSI,
 }
 GROUPS = {"lpips": ("lpips_alex", "lpips_vgg")}
-LOWER_IS_BETTER = ("gmsd", "lpips_alex", "lpips_vgg", "rfid")
+PSNRS: dict[str, type[MeanOfImages]] = {"uint8": PSNR, "clamped": FloatPSNR}
+SSIM_VARIANTS: dict[str, type[MeanOfImages]] = {
+    "gaussian": SSIM,
+    "padded": PaddedSSIM,
+    "padded-signed": SignedSSIM,
+    "padded-own-range": OwnRangeSSIM,
+    "uniform": UniformSSIM,
+}
+LOWER_IS_BETTER = ("gmsd", "lpips_alex", "lpips_vgg", "rfid", "fid")
 HIGHER_IS_BETTER = {name: name not in LOWER_IS_BETTER for name in METRICS}
 BOOTSTRAP_DRAWS = 1000
 NOT_FINITE = "the reconstruction holds NaN or infinity"
@@ -51,16 +63,34 @@ class Quality:
     Args:
         names: metrics that must be measured; None measures all whose weights are here.
         size: side of the images in pixels.
+        preset: the protocol, which says what each metric reads and how.
+        fid_reference: file of the mean and the covariance that ``fid`` is measured against.
+
+    Attributes:
+        knows_originals: a whole pass over the images has been made, so that rFID need not see the originals again.
 
     Raises:
         MissingWeights, MissingExtra, RequestError: a metric that was asked for by name cannot be measured.
     """
 
-    def __init__(self, names: Sequence[str] | None = None, size: int | None = None):
+    def __init__(
+        self,
+        names: Sequence[str] | None = None,
+        size: int | None = None,
+        preset: Preset = PRESETS["latentae"],
+        fid_reference: str | Path | None = None,
+    ):
+        self.preset, self.knows_originals = preset, False
+        self.reference = None if fid_reference is None else FrechetReference(fid_reference)
         self.per_image: dict[str, MeanOfImages] = {}
+        self.reads: dict[str, str] = {}  # of each metric per image
         self.frechet: FrechetInceptionDistance | None = None
+        self.distances: list[str] = []
         self.skipped: dict[str, str] = {}
-        for name in expand_metric_names(METRICS if names is None else names):
+        for name in self._wanted(names):
+            if names is None and (reason := self._unasked(name)):
+                self.skipped[name] = reason
+                continue
             try:
                 self._add(name)
             except (MissingWeights, MissingExtra) as error:
@@ -75,56 +105,90 @@ class Quality:
                 self.skipped[name] = reason
                 del self.per_image[name]
 
+    def _wanted(self, names: Sequence[str] | None) -> list[str]:
+        wanted = expand_metric_names(METRICS if names is None else names)
+        if names is None:
+            wanted.remove("fid")
+        return [*wanted, *(["fid"] if self.reference and "fid" not in wanted else [])]
+
+    def _unasked(self, name: str) -> str:
+        """Why a metric is left out unless it is named: what needs a network costs time."""
+        if name == "fid" or name in WITHOUT_WEIGHTS or name in self.preset.reports:
+            return ""
+        return f"it is not of the protocol {self.preset.name}: name it to measure it (--metrics)"
+
     def _add(self, name: str) -> None:
-        if name == "rfid":
-            self.frechet = FrechetInceptionDistance(keep_originals=True)
+        preset = self.preset
+        if name in ("rfid", "fid"):
+            if name == "fid" and self.reference is None:
+                raise RequestError("fid needs the statistics of a reference set: --fid-reference.")
+            if self.frechet is None:
+                self.frechet = FrechetInceptionDistance(keep_originals=True, **preset.inception())
+            self.distances.append(name)
         elif name.startswith("lpips_"):
-            self.per_image[name] = LPIPSMetric(name.removeprefix("lpips_"))
+            net = name.removeprefix("lpips_")
+            self.per_image[name] = LPIPSMetric(net) if preset.lpips == "uint8" else FloatLPIPS(net)
+            self.reads[name] = preset.lpips
         else:
-            self.per_image[name] = WITHOUT_WEIGHTS[name]()
+            variants = {"psnr": PSNRS[preset.psnr], "ssim": SSIM_VARIANTS[preset.ssim]}
+            self.per_image[name] = variants.get(name, WITHOUT_WEIGHTS[name])()
+            self.reads[name] = {"psnr": preset.psnr, "ssim": preset.ssim_reads}.get(name, "uint8")
 
     @property
     def weights(self) -> dict[str, str]:
         """The sha256 of every weight file in use, by metric."""
         hashes = {n: m.weights_sha256 for n, m in self.per_image.items() if isinstance(m, LPIPSMetric)}
-        return {**hashes, **({"rfid": self.frechet.weights_sha256} if self.frechet else {})}
+        return hashes | ({name: self.frechet.weights_sha256 for name in self.distances} if self.frechet else {})
 
 
 class Measurement:
     """Collects one model's figures: call `add` batch by batch, then `results`.
 
     Args:
-        first: this is the first model, so that rFID has to see the originals too.
+        quality: the metrics.
         device: where the pairs live and the metrics run.
     """
 
-    def __init__(self, quality: Quality, *, first: bool, device: torch.device):
-        self.quality, self.first = quality, first
+    def __init__(self, quality: Quality, *, device: torch.device):
+        self.quality, self.device = quality, device
+        self.places: list[int] = []
         self.keys: list[str] = []
         self.rows: dict[str, list[float]] = {name: [] for name in quality.per_image}
-        self.failed: list[dict[str, str]] = []
+        self.failed: dict[int, str] = {}  # keys by place
         if quality.frechet:
             quality.frechet.to(device).reset()
 
-    def add(self, keys: list[str], reconstruction: Tensor, originals: Tensor, finite: Tensor) -> None:
-        """Compare a batch.
-
-        Args:
-            reconstruction, originals: the uint8 pair that every metric sees, (B, 3, H, W).
-            finite: (B,) false where the model returned NaN or infinity; such an image is named and not measured.
-        """
-        if self.quality.frechet and self.first:
-            self.quality.frechet.update(originals, original=True)
-        usable = finite.tolist()
-        self.failed += [{"key": key, "reason": NOT_FINITE} for key, is_usable in zip(keys, usable) if not is_usable]
-        if not any(usable):
+    def add(self, places: Sequence[int], keys: Sequence[str], pair: Pair) -> None:
+        """Compare a batch of images at these places in the order; what holds NaN is named and not measured."""
+        quality = self.quality
+        if quality.frechet and not quality.knows_originals:
+            quality.frechet.update(pair.read(quality.preset.rfid)[1], original=True)
+        for place, key, is_usable in zip(places, keys, pair.finite.tolist()):
+            if not is_usable:
+                self.failed[place] = key
+                continue
+            self.places.append(place)
+            self.keys.append(key)
+        if not pair.finite.any():
             return
-        self.keys += [key for key, is_usable in zip(keys, usable) if is_usable]
-        reconstruction, originals = reconstruction[finite], originals[finite]
-        if self.quality.frechet:
-            self.quality.frechet.update(reconstruction, original=False)
-        for name, metric in self.quality.per_image.items():
-            self.rows[name] += metric.values(reconstruction, originals).tolist()
+        pair = pair.only(pair.finite)
+        if quality.frechet:
+            quality.frechet.update(pair.read(quality.preset.rfid)[0], original=False)
+        for name, metric in quality.per_image.items():
+            self.rows[name] += metric.values(*pair.read(quality.reads[name])).tolist()
+
+    def merge(self, other: "Measurement") -> None:
+        """Add what another process compared."""
+        order = np.argsort([*self.places, *other.places], kind="stable")
+
+        def sorted_together(mine: list[Any], theirs: list[Any]) -> list[Any]:
+            both = [*mine, *theirs]
+            return [both[i] for i in order]
+
+        self.rows = {name: sorted_together(row, other.rows[name]) for name, row in self.rows.items()}
+        self.keys = sorted_together(self.keys, other.keys)
+        self.places = sorted_together(self.places, other.places)
+        self.failed = dict(sorted((self.failed | other.failed).items()))
 
     def results(self) -> dict[str, Any]:
         """Means over images with bootstrap intervals, what was skipped and why, and the rows behind the means."""
@@ -142,8 +206,8 @@ class Measurement:
             warnings.append(f"{identical} reconstructions equal their originals and stay out of the mean PSNR.")
         if self.failed:
             warnings.append(f"{len(self.failed)} reconstructions hold NaN or infinity and stay out of every figure.")
-        if self.quality.frechet:
-            means["rfid"] = self._rfid(skipped, warnings)
+        for name in self.quality.distances:
+            means[name] = self._distance(name, skipped, warnings)
         return {
             "metrics": {name: means.get(name) for name in METRICS if name in means or name in skipped},
             "intervals": intervals,
@@ -151,24 +215,29 @@ class Measurement:
             "warnings": warnings,
             "images": len(self.keys),
             "identical": identical,
-            "failed": self.failed,
+            "failed": [{"key": key, "reason": NOT_FINITE} for key in self.failed.values()],
             "per_image": [
                 {"key": key, **{name: row[i] if np.isfinite(row[i]) else None for name, row in self.rows.items()}}
                 for i, key in enumerate(self.keys)
             ],
         }
 
-    def _rfid(self, skipped: dict[str, str], warnings: list[str]) -> float | None:
+    def _distance(self, name: str, skipped: dict[str, str], warnings: list[str]) -> float | None:
+        frechet, label = self.quality.frechet, {"rfid": "rFID", "fid": "FID"}[name]
+        assert frechet is not None
         if len(self.keys) < 2:
-            skipped["rfid"] = "a Fréchet distance needs at least two images"
+            skipped[name] = "a Fréchet distance needs at least two images"
             return None
         if len(self.keys) < BIASED_BELOW:
+            fewer = "" if len(self.keys) > frechet.dimension else f", fewer than the {frechet.dimension:,} features,"
             warnings.append(
-                f"rFID of {len(self.keys)} images is biased upwards; compare it only with rFID of as many images "
-                f"(papers use 50,000, and below {BIASED_BELOW:,} the bias is plain)."
+                f"{label} of {len(self.keys)} images{fewer} is biased upwards; compare it only with {label} of as many "
+                f"images (papers use 50,000, and below {BIASED_BELOW:,} the bias is plain)."
             )
-        assert self.quality.frechet is not None
-        return float(self.quality.frechet.compute())
+        if name == "rfid":
+            return float(frechet.compute())
+        assert self.quality.reference is not None
+        return frechet.distance_to(self.quality.reference.mean, self.quality.reference.covariance)
 
 
 def bootstrap_interval(values: np.ndarray, seed: int = 0) -> list[float] | None:

@@ -10,25 +10,26 @@ from typing import Any
 
 import torch
 
+from latentae.bench.checkpoints import Checkpoints
 from latentae.bench.contestants import Model, describe, open_contestants
-from latentae.bench.diagnostics import LatentDiagnostics, diagnostics_section
-from latentae.bench.equivariance import LatentEquivariance, equivariance_section
-from latentae.bench.images import ImageSet
-from latentae.bench.latents import LatentStatistics
+from latentae.bench.crops import CROPS
+from latentae.bench.diagnostics import diagnostics_section
+from latentae.bench.equivariance import equivariance_section
+from latentae.bench.images import ImageFacts, ImageSet
+from latentae.bench.measuring import Pass, measure
+from latentae.bench.presets import find_preset
+from latentae.bench.processes import Processes
 from latentae.bench.protocol import describe_machine, describe_protocol, versions
-from latentae.bench.quality import Measurement, Quality
+from latentae.bench.quality import Quality
 from latentae.bench.report import Section, require_report, write_report
 from latentae.bench.results import SCHEMA, write_results
 from latentae.bench.samples import Samples
 from latentae.bench.speed import measure_speed, reference_cost
-from latentae.codec import LatentCodec
-from latentae.console import Progress, say
+from latentae.console import say
 from latentae.data.sources import Source, open_source, refuse_output_in_input
 from latentae.errors import RequestError
 from latentae.files import sha256_json
-from latentae.nn.pixels import to_uint8
-from latentae.store.decode import noise_generator
-from latentae.store.worker import check_max_bad, key_generator, refuse_too_many_bad
+from latentae.store.worker import check_max_bad, refuse_too_many_bad
 
 SMALLEST_SIZE = 32  # what the perceptual networks and the SSIM window still take
 
@@ -41,7 +42,9 @@ def bench(
     size: int = 256,
     limit: int | None = None,
     metrics: Sequence[str] | None = None,
-    sample: bool = False,
+    protocol: str = "latentae",
+    fid_reference: str | Path | None = None,
+    sample: bool | None = None,
     seed: int = 0,
     batch_size: int = 8,
     device: str | torch.device | None = None,
@@ -68,7 +71,9 @@ def bench(
         metrics: names of `latentae.bench.quality.METRICS`, or ``lpips`` for both nets; those that need no weights
             are always measured. By default all whose weight files are here; the others are recorded as skipped, with
             the reason.
-        sample: encode to a sample of the posterior instead of its mode.
+        protocol: one of `latentae.bench.presets.PRESETS`: how papers crop, round and compare.
+        fid_reference: npz file of the mean and the covariance of a reference set's features, for the metric ``fid``.
+        sample: encode to a sample of the posterior instead of its mode; by default as the protocol says.
         seed: with the name of an image, the seed of its sample and of decoders that draw noise.
         device, dtype: where and in which precision models run, by default a GPU if there is one and float32; codecs
             are taken as they are.
@@ -105,44 +110,96 @@ def bench(
         refuse_output_in_input(src, folder)
         require_report()
     source = open_source(src) if isinstance(src, str | Path) else src
-    images = ImageSet(source, source.items()[:limit], size, batch_size, workers)
-    quality = Quality(metrics, size)
-    for metric, reason in quality.skipped.items():
-        say(f"{metric} is not measured: {reason}")
+    preset = find_preset(protocol)
+    sample = preset.encode == "sample" if sample is None else sample
+    images = ImageSet(source, source.items()[:limit], size, batch_size, workers, CROPS[preset.crop][0])
+    quality = Quality(metrics, size, preset, fid_reference)
     contestants = open_contestants(
         models, device=device, dtype=dtype, random_weights=random_weights, decode_steps=decode_steps
     )
     samples = Samples(folder, images, len(contestants), report_images)
+    with Processes() as processes:
+        if processes.is_first:
+            for metric, reason in quality.skipped.items():
+                say(f"{metric} is not measured: {reason}")
+        plan = {
+            "images": sha256_json([[item.key, item.size] for item in images.items]),
+            "models": [[contestant.name, contestant.identity()] for contestant in contestants] if folder else None,
+            "protocol": {
+                **describe_protocol(images, quality, sample=sample, seed=seed, dtype=str(dtype)),
+                "images": None,
+            },
+            "metrics": [*quality.per_image, *quality.distances, quality.weights],
+            "options": {"batch_size": batch_size, "equivariance": equivariance, "report_images": report_images},
+            "processes": processes.count,
+            "versions": versions(),
+        }
+        checkpoints = Checkpoints(folder, plan, processes)
+        measured = checkpoints.finished
+        if measured:
+            images.facts = ImageFacts.from_json(measured[-1]["images"])
+        for index in range(len(contestants)):
+            contestant = contestants.pop(0)  # and with it goes its memory
+            if index < len(measured):
+                continue
+            name, codec = contestant.name, contestant.codec()
+            try:
+                fresh = Pass(index, codec, images.facts, quality, equivariance)
+                current, whole = measure(
+                    name,
+                    codec,
+                    images,
+                    fresh,
+                    samples,
+                    checkpoints,
+                    processes,
+                    sample=sample,
+                    seed=seed,
+                    quantisation=preset.quantisation,
+                )
+                quality = current.quality
+                entry: dict[str, Any] = {}
+                if whole:
+                    figures = whole.results()
+                    speed_batch = speed_batch_size or (batch_size if codec.device.type == "cuda" else 1)
+                    timing = measure_speed(codec, size, speed_batch) if speed and figures["images"] else None
+                    priced = any(finished["reference_cost"] for finished in measured)
+                    entry = {
+                        "model": {"name": name, **describe(codec, size, seed), **figures, "speed": timing},
+                        "images": whole.facts.to_json(),
+                        "reference_cost": reference_cost(codec, size, speed_batch if timing else None)
+                        if codec.samples and not priced  # steps have a price
+                        else None,
+                    }
+                    for warning in figures["warnings"]:
+                        say(f"{name}: {warning}")
+                    checkpoints.finish(entry)
+            except torch.OutOfMemoryError as error:
+                raise RequestError(f"{name} runs out of GPU memory: use less than batch_size={batch_size}.") from error
+            measured.append(processes.share(entry))
+            images.facts = ImageFacts.from_json(measured[-1]["images"])
+        results = _results(src, images, quality, [entry["model"] for entry in measured], sample, seed)
+        results["reference_cost"] = next((e["reference_cost"] for e in measured if e["reference_cost"]), None)
+        results["baselines"] = list(baselines)
+        results["samples"] = samples.rows(len(measured), images.bad)
+        if folder and processes.is_first:
+            write_results(results, folder)
+            sections = [*extra_sections, diagnostics_section(results["models"])]
+            sections += [equivariance_section(results["models"])] if equivariance else []
+            write_report(results, folder / "report.html", sections)
+            checkpoints.clear()
+    remedy = f"All others were measured: see {folder / 'results.json'}." if folder else "All others were measured."
+    refuse_too_many_bad([error.reason for error in images.bad.values()], len(images.items), max_bad, remedy)
+    if images.bad and processes.is_first:
+        say(f"{len(images.bad)} of {len(images.items)} images are bad and were left out, {min(images.bad)} first.")
+    return results
 
-    measured: list[dict[str, Any]] = []
-    reference: dict[str, Any] | None = None
-    while contestants:
-        contestant = contestants.pop(0)  # and with it goes its memory
-        name, codec = contestant.name, contestant.codec()
-        speed_batch = speed_batch_size or (batch_size if codec.device.type == "cuda" else 1)
-        try:
-            figures = _measure(
-                name,
-                codec,
-                images,
-                quality,
-                samples,
-                len(measured),
-                sample=sample,
-                seed=seed,
-                equivariance=equivariance,
-            )
-            timing = measure_speed(codec, size, speed_batch) if speed and figures["images"] else None
-        except torch.OutOfMemoryError as error:
-            raise RequestError(f"{name} runs out of GPU memory: use less than batch_size={batch_size}.") from error
-        for warning in figures["warnings"]:
-            say(f"{name}: {warning}")
-        measured.append({"name": name, **describe(codec, size, seed), **figures, "speed": timing})
-        if codec.samples and reference is None:  # steps have a price
-            reference = reference_cost(codec, size, speed_batch if timing else None)
 
-    protocol = describe_protocol(images, sample=sample, seed=seed, dtype=_common(measured, "dtype"))
-    results = {
+def _results(
+    src: str | Path | Source, images: ImageSet, quality: Quality, models: list[dict[str, Any]], sample: bool, seed: int
+) -> dict[str, Any]:
+    protocol = describe_protocol(images, quality, sample=sample, seed=seed, dtype=_common(models, "dtype"))
+    return {
         "schema": SCHEMA,
         "protocol": protocol,
         "protocol_sha256": sha256_json(protocol),
@@ -152,67 +209,14 @@ def bench(
         "images": {
             "source": str(src) if isinstance(src, str | Path) else type(src).__name__,
             "measured": len(images.good),
-            "enlarged": images.enlarged,
+            "enlarged": len(images.facts.enlarged),
             "quarantined": [
                 {"key": key, "reason": error.reason, "explanation": error.explanation}
                 for key, error in sorted(images.bad.items())
             ],
         },
-        "models": measured,
-        "reference_cost": reference,
-        "baselines": list(baselines),
-        "samples": samples.rows,
+        "models": models,
     }
-    if folder:
-        write_results(results, folder)
-        sections = [*extra_sections, diagnostics_section(measured)]
-        sections += [equivariance_section(measured)] if equivariance else []
-        write_report(results, folder / "report.html", sections)
-    remedy = f"All others were measured: see {folder / 'results.json'}." if folder else "All others were measured."
-    refuse_too_many_bad([error.reason for error in images.bad.values()], len(images.items), max_bad, remedy)
-    if images.bad:
-        say(f"{len(images.bad)} of {len(images.items)} images are bad and were left out, {min(images.bad)} first.")
-    return results
-
-
-def _measure(
-    name: str,
-    codec: LatentCodec,
-    images: ImageSet,
-    quality: Quality,
-    samples: Samples,
-    index: int,
-    *,
-    sample: bool,
-    seed: int,
-    equivariance: int,
-) -> dict[str, Any]:
-    """All figures of one model that come from the images."""
-    pair_device = torch.device("cpu") if codec.device.type == "mps" else codec.device  # MPS has no float64
-    measurement = Measurement(quality, first=index == 0, device=pair_device)
-    statistics, diagnostics = LatentStatistics(), LatentDiagnostics()
-    follows = LatentEquivariance(codec, equivariance, quality)
-    with Progress(name, len(images.good)) as progress:
-        for keys, originals in images.batches():
-            latents = codec.encode(originals, sample=sample, generator=_generators(seed, keys))
-            noise = [noise_generator(seed, key) for key in keys]
-            pixels = codec.decode(latents, generator=noise)  # (B, 3, size, size)
-            finite = pixels.isfinite().flatten(1).all(1).to(pair_device)
-            reconstruction = to_uint8(pixels).to(pair_device)
-            measurement.add(keys, reconstruction, originals.to(pair_device), finite)
-            z = codec.denormalise(latents.tensor)
-            statistics.add(latents.posterior.sample(_generators(seed, keys)))
-            diagnostics.add(z, latents.posterior)
-            follows.add(originals)
-            samples.save(index, keys, originals, reconstruction, z)
-            progress.advance(len(keys))
-    figures = statistics.results() | diagnostics.results() | (follows.results() if equivariance else {})
-    return {**measurement.results(), "latents": figures}
-
-
-def _generators(seed: int, keys: list[str]) -> Any:
-    """One for each image, so that neither the batch nor the device changes what is drawn."""
-    return [key_generator(seed, key) for key in keys]
 
 
 def _common(models: list[dict[str, Any]], key: str) -> str:

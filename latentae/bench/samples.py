@@ -1,5 +1,6 @@
 """The images that the report shows, kept as lossless files beside ``results.json``."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from latentae.bench.images import ImageSet
 from latentae.bench.latents import latent_tiles
+from latentae.bench.pairs import Pair
 
 REPORT_PIXELS = 48_000_000  # a page with more than this opens slowly
 
@@ -16,13 +18,12 @@ REPORT_PIXELS = 48_000_000  # a page with more than this opens slowly
 class Samples:
     """Saves evenly chosen images, their reconstructions and latents under ``folder / "samples"``.
 
-    ``rows`` is their list for ``results.json``: paths are relative to ``folder`` and never contain names of images or
-    models. Without a folder nothing is saved.
+    Names of files follow from the places of images and models alone: several processes can save, and a killed one
+    leaves what the next needs. Without a folder nothing is saved.
     """
 
     def __init__(self, folder: Path | None, images: ImageSet, models: int, wanted: int):
         self.folder = folder
-        self.rows: list[dict[str, Any]] = []
         if folder is None:
             self.chosen = dict[str, int]()
             return
@@ -32,29 +33,41 @@ class Samples:
         indices = np.linspace(0, len(images.items) - 1, count).round().astype(int)
         self.chosen = {images.items[i].key: place for place, i in enumerate(indices)}
 
-    def save(self, model: int, keys: list[str], originals: Tensor, reconstructions: Tensor, latents: Tensor) -> None:
-        """Save those of a batch that were chosen: uint8 pairs (B, 3, H, W) and raw latents (B, C, ...)."""
+    def save(self, model: int, keys: list[str], pair: Pair, latents: Tensor) -> None:
+        """Save those of a batch that were chosen: their uint8 pairs and raw latents (B, C, ...)."""
+        reconstructions, originals = pair.uint8
         for i, key in enumerate(keys):
             if key not in self.chosen:
                 continue
-            stem = f"{self.chosen[key]:03d}"
+            files = self._files(key, model)
             if model == 0:
-                self.rows.append(
-                    {"key": key, "input": self._write(f"{stem}-input", _as_image(originals[i])), "models": []}
-                )
-            row = next(row for row in self.rows if row["key"] == key)
-            row["models"].append(
-                {
-                    "reconstruction": self._write(f"{stem}-model-{model}", _as_image(reconstructions[i])),
-                    "latents": self._write(f"{stem}-model-{model}-latents", latent_tiles(latents[i])),
-                }
-            )
+                self._write(self._input(key), _as_image(originals[i]))
+            self._write(files["reconstruction"], _as_image(reconstructions[i]))
+            self._write(files["latents"], latent_tiles(latents[i]))
 
-    def _write(self, name: str, image: np.ndarray) -> str:
+    def rows(self, models: int, bad: Collection[str] = ()) -> list[dict[str, Any]]:
+        """What was saved, for ``results.json``: paths are relative to the folder, never with names of images or models.
+
+        Args:
+            models: how many were measured.
+            bad: keys of images that could not be decoded.
+        """
+        return [
+            {"key": key, "input": self._input(key), "models": [self._files(key, model) for model in range(models)]}
+            for key in self.chosen
+            if key not in bad
+        ]
+
+    def _input(self, key: str) -> str:
+        return f"samples/{self.chosen[key]:03d}-input.png"
+
+    def _files(self, key: str, model: int) -> dict[str, str]:
+        stem = f"samples/{self.chosen[key]:03d}-model-{model}"
+        return {"reconstruction": f"{stem}.png", "latents": f"{stem}-latents.png"}
+
+    def _write(self, path: str, image: np.ndarray) -> None:
         assert self.folder is not None
-        path = Path("samples", f"{name}.png")
         Image.fromarray(image).save(self.folder / path)
-        return path.as_posix()
 
 
 def _as_image(pixels: Tensor) -> np.ndarray:

@@ -146,8 +146,8 @@ class FrechetInceptionDistance(FrechetDistance):
     Args:
         weights: another weight file of the same network, unchecked; then ``published`` is False and the number must
             not be called rFID.
-        resize: ``tensorflow``, or ``half-pixel``: the bilinear resize and the scale of pytorch-fid, which differs in the
-            second digit; takes floats in [-1, 1] too.
+        resize: ``tensorflow``, or ``half-pixel``: the bilinear resize and the scale of pytorch-fid, which differs in
+            the second digit; takes floats in [-1, 1] too.
         precision: of the network, float32 or float64.
 
     Raises:

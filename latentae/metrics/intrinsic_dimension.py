@@ -1,5 +1,6 @@
 """The intrinsic dimension of a set of latents: how many numbers would locate a point among its neighbours."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -84,10 +85,16 @@ class TwoNN(ExactSums):
         # rows (1, 1 + D): the number that was drawn, the point
         self.add_state("sample", [], dist_reduce_fx="cat")
 
-    def update(self, points: Tensor) -> None:
-        """Add points, (B, …), each flattened to D coordinates."""
-        first = int(self.count)
-        for place, point in enumerate(points.detach().flatten(1).float(), first):
+    def update(self, points: Tensor, places: Sequence[int] | None = None) -> None:
+        """Add points, (B, …), each flattened to D coordinates.
+
+        Args:
+            points: to add.
+            places: theirs in the order of all; by default they follow the last. Processes that share the work give
+                them, and then draw the sample that one would.
+        """
+        places = range(int(self.count), int(self.count) + len(points)) if places is None else places
+        for place, point in zip(places, points.detach().flatten(1).float()):
             number = np.random.default_rng((self.seed, place)).random()
             self.sample.append(torch.cat([point.new_tensor([number]), point])[None])
         self.count += len(points)

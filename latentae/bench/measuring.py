@@ -1,0 +1,120 @@
+"""One model's way through the images: encode, decode, and all that is counted on the way."""
+
+from typing import Any
+
+import torch
+
+from latentae.bench.checkpoints import Checkpoints
+from latentae.bench.diagnostics import LatentDiagnostics
+from latentae.bench.equivariance import LatentEquivariance
+from latentae.bench.images import ImageFacts, ImageSet
+from latentae.bench.latents import LatentStatistics
+from latentae.bench.pairs import Pair
+from latentae.bench.processes import Processes
+from latentae.bench.quality import Measurement, Quality
+from latentae.bench.samples import Samples
+from latentae.bench.state import dump_state, load_state, merge, merge_attributes, metrics_of
+from latentae.codec import LatentCodec
+from latentae.console import Progress
+from latentae.store.decode import noise_generator
+from latentae.store.worker import key_generator
+
+
+class Pass:
+    """What has been counted so far: `latentae.bench.state` saves it, continues it and merges it with others.
+
+    Args:
+        index: which model it is.
+        facts: of the images, which fill up on the way.
+        quality: the metrics; rFID's originals are counted in the first pass only.
+        equivariance: on how many images to measure it.
+    """
+
+    def __init__(self, index: int, codec: LatentCodec, facts: ImageFacts, quality: Quality, equivariance: int):
+        self.index, self.next_batch = index, 0
+        self.facts, self.quality = facts, quality
+        self.measurement = Measurement(quality, device=pair_device(codec))
+        self.statistics, self.diagnostics = LatentStatistics(), LatentDiagnostics()
+        self.equivariance = LatentEquivariance(codec, equivariance, quality) if equivariance else None
+
+    def take_originals(self, quality: Quality) -> None:
+        """Continue with metrics that have seen the originals."""
+        self.quality = quality
+        self.measurement = Measurement(quality, device=self.measurement.device)
+
+    def merge(self, other: "Pass") -> None:
+        merge_attributes(self, other)
+
+    def results(self) -> dict[str, Any]:
+        """All figures that come from the images."""
+        figures = self.statistics.results() | self.diagnostics.results()
+        if self.equivariance:
+            figures |= self.equivariance.results()
+        return {**self.measurement.results(), "latents": figures}
+
+
+def measure(
+    name: str,
+    codec: LatentCodec,
+    images: ImageSet,
+    fresh: Pass,
+    samples: Samples,
+    checkpoints: Checkpoints,
+    processes: Processes,
+    *,
+    sample: bool,
+    seed: int,
+    quantisation: str,
+) -> tuple[Pass, Pass | None]:
+    """Go through the images, from where a killed run was.
+
+    Returns:
+        What this process counted, and in the first process what all did.
+    """
+    current = checkpoints.load(fresh)
+    device = pair_device(codec)
+    for metric in metrics_of(current.quality):
+        metric.to(device)
+    images.facts = current.facts
+    done = current.next_batch * images.batch_size
+    with Progress(name, len(images.items), done=done) as progress:
+        for batch in images.batches(current.next_batch, processes.rank, processes.count):
+            keys, originals = batch.keys, batch.pixels
+            latents = codec.encode(originals, sample=sample, generator=_generators(seed, keys))
+            noise: Any = [noise_generator(seed, key) for key in keys]
+            pixels = codec.decode(latents, generator=noise)  # (B, 3, size, size)
+            pair = Pair(pixels.to(device), originals.to(device), quantisation)
+            current.measurement.add(batch.places, keys, pair)
+            z = codec.denormalise(latents.tensor)
+            current.statistics.add(latents.posterior.sample(_generators(seed, keys)))
+            current.diagnostics.add(z, latents.posterior, batch.places)
+            if current.equivariance:
+                current.equivariance.add(originals, batch.places)
+            samples.save(fresh.index, keys, pair, z)
+            current.next_batch = batch.number + 1
+            checkpoints.save(current)
+            progress.advance(len(keys) * processes.count)
+    current.quality.knows_originals = True
+    checkpoints.save(current, now=True)
+    if processes.count == 1:
+        return current, current
+    parts = [load_state(part, fresh) for part in processes.gather(dump_state(current))]
+    for part in parts[1:]:
+        merge(parts[0], part)
+    for metric in metrics_of(parts):
+        metric.distributed_available_fn = _alone  # they are together already
+    return current, parts[0] if parts else None
+
+
+def pair_device(codec: LatentCodec) -> torch.device:
+    """Where a model's pairs are compared: MPS has no float64."""
+    return torch.device("cpu") if codec.device.type == "mps" else codec.device
+
+
+def _alone() -> bool:
+    return False
+
+
+def _generators(seed: int, keys: list[str]) -> Any:
+    """One for each image, so that neither the batch nor the device changes what is drawn."""
+    return [key_generator(seed, key) for key in keys]

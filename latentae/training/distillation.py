@@ -102,27 +102,29 @@ class StepDistillation(Denoising):
             raise RequestError(f"StepDistillation needs at least one step of the teacher, not {steps}.")
         model: Any = teacher if isinstance(teacher, nn.Module) else load(teacher)
         super().check(model)
-        self.teacher = (model.requires_grad_(False).eval().to(getattr(torch, precision)),)  # a tuple hides it
+        self.teacher: Any = LatentCodec(model.requires_grad_(False), dtype=getattr(torch, precision)).autoencoder
         self.steps = steps
 
     def check(self, autoencoder: Any) -> None:
         super().check(autoencoder)
-        (teacher,) = self.teacher
         trained = [name for name, parameter in autoencoder.named_parameters() if parameter.requires_grad]
         if any(name.startswith(("encoder.", "quant_conv.")) for name in trained):
             raise RequestError(
                 "StepDistillation keeps the latents as they are, so the encoder must not train: set model.trainable to "
                 "[decoder]."
             )
-        if teacher.latent_channels != autoencoder.latent_channels:
+        theirs, own = (
+            f"f{model.spatial_compression_ratio}c{model.latent_channels}" for model in (self.teacher, autoencoder)
+        )
+        if theirs != own:
             raise RequestError(
-                f"The teacher of StepDistillation decodes {teacher.latent_channels} latent channels, the autoencoder "
-                f"in training {autoencoder.latent_channels}: start from the teacher, as model.autoencoder.pretrained."
+                f"The teacher of StepDistillation decodes {theirs} latents, the autoencoder in training {own}: start "
+                "from the teacher, as model.autoencoder.pretrained."
             )
         autoencoder.register_to_config(num_inference_steps=1)
 
     def __call__(self, autoencoder: Any, latents: Tensor, target: Tensor, earliest: Tensor | None = None) -> Denoised:
-        teacher = self.teacher[0].to(latents.device)
+        teacher = self.teacher.to(latents.device)
         noise = of_this_rank(torch.randn, widen(target))
         with torch.no_grad():
             sample = widen(teacher.sample(latents.to(teacher.dtype), noise, self.steps))

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import latentae
-from latentae.objectives import L1, Adversary, HaarDetail, PatchGAN
+from latentae.objectives import L1, Adversary, FlowMatching, HaarDetail, PatchGAN
 from latentae.training.autoencoder import AutoencoderModule
 from latentae.training.callbacks import AtomicCheckpointIO, Checkpoints
 from latentae.training.cli import TRAINER_DEFAULTS, quiet_libraries
@@ -109,3 +109,21 @@ def folder(tmp_path_factory):
         image = np.stack([127 + 120 * np.sin(x / (4 + i) + y / (7 + c) + i) for c in range(3)], -1)
         Image.fromarray(image.astype(np.uint8)).save(folder / f"{i}.png")
     return folder
+
+
+@pytest.fixture(scope="session")
+def dito_run(tmp_path_factory, folder):
+    """A run of DiTo that predicts the image, which learns fastest: 60 steps."""
+    run_dir = tmp_path_factory.mktemp("dito")
+    module = make_module(
+        autoencoder={"preset": "dito-tiny", "prediction": "x0"},
+        objective={"flow": FlowMatching(weighting="x0")},
+        optimizer=lambda p: torch.optim.AdamW(p, lr=3e-3),
+        ema=0.95,
+    )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with quiet_libraries():
+        fit(module, make_data(folder, batch_size=8, dead_leaves=0.0), run_dir, 60)
+    torch.set_num_threads(threads)
+    return run_dir

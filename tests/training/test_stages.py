@@ -123,7 +123,8 @@ def test_later_stages_start_from_the_run_before(tmp_path):
 
 def test_before_in_overrides_is_the_folder_of_the_run_before(stages, tmp_path):
     file = tmp_path / "two.yaml"
-    file.write_text(file.read_text() + "- {config: tiny.yaml, run_dir: c, overrides: {data: {val_path: '{before}/x'}}}\n")
+    overrides = "{data: {val_path: '{before}/x'}}"
+    file.write_text(f"{file.read_text()}- {{config: tiny.yaml, run_dir: c, overrides: {overrides}}}\n")
     *_, last = read_stages(file, tmp_path / "runs", [])
     assert f"--data.val_path={tmp_path / 'runs/b'}/x" in last.arguments
     second = read_stages(find_stages("dito/onto-sd-vae"), tmp_path, [])[1]

@@ -17,7 +17,20 @@ import torch
 from diffusers import AutoencoderKL
 
 import latentae
-from latentae.objectives import KL, L1, ChannelPrefix, Equivariance, LatentNoise
+from latentae.objectives import (
+    KL,
+    L1,
+    L2,
+    ChannelPrefix,
+    Denoising,
+    Equivariance,
+    FlowMatching,
+    Initial,
+    LatentNoise,
+    LogitNormalTimes,
+    NoiseSynchronization,
+)
+from latentae.training.distillation import StepDistillation
 
 STEPS = 4
 ADVERSARY = {"start_step": 1, "adaptive": True, "lecam": 0.01, "r1": 0.1, "r1_every": 2}
@@ -28,6 +41,9 @@ CASES = {
     "prefix": ("64-true", 1e-10),
     "equivariance": ("64-true", 1e-10),
     "codebook": ("64-true", 1e-10),
+    "diffusion": ("64-true", 1e-10),
+    "two decoders": ("64-true", 1e-10),
+    "one step": ("64-true", 1e-5),  # of a teacher in float32
     "float32": ("32-true", 1e-5),
 }
 
@@ -44,6 +60,27 @@ def build(name, runs):
     if name == "codebook":  # more codes than latents, so that codes are placed and revived in every step
         discrete = latentae.create("dc-ae-tiny", quantizer={"kind": "vq", "codes": 100, "decay": 0.8})
         return runs.make_module(autoencoder=discrete, latent_transforms=[Equivariance(0.6)])
+    if name == "diffusion":
+        dito = latentae.create("dito-tiny", latent_regularizer="kl")
+        objective = {"flow": FlowMatching(), "kl": KL(1e-3)}
+        return runs.make_module(
+            runs.make_adversary(**ADVERSARY),
+            autoencoder=dito,
+            objective=objective,
+            latent_transforms=[NoiseSynchronization(0.5)],
+        )
+    if name == "two decoders":
+        objective = {"flow": FlowMatching(weighting="sigmoid"), "initial": Initial(L2())}
+        swycc = latentae.create("swycc-tiny")
+        return runs.make_module(
+            autoencoder=swycc, objective=objective, denoising=Denoising(LogitNormalTimes()), accumulate=2
+        )
+    if name == "one step":
+        student, teacher = latentae.create("dito-tiny"), latentae.create("dito-tiny", seed=1)
+        distillation = StepDistillation(teacher, steps=2)
+        return runs.make_module(
+            autoencoder=student, objective={"flow": FlowMatching()}, denoising=distillation, trainable=["decoder"]
+        )
     if name == "equivariance":
         transforms = [Equivariance(0.6, 0.3, scales=(0.5, 1.0)), LatentNoise(0.3, "interpolated", prob=0.5)]
         return runs.make_module(runs.make_adversary(lecam=0.01), latent_transforms=transforms)

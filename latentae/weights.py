@@ -15,7 +15,7 @@ from latentae.files import sha256_file
 
 @dataclass(frozen=True)
 class WeightFile:
-    """One published weight file; ``sha256_prefix`` is the part of the hash that its file name carries."""
+    """One published weight file; ``sha256_prefix`` is what is known of its hash, such as its name carries."""
 
     name: str
     url: str
@@ -45,6 +45,14 @@ WEIGHT_FILES = {
         "6726825d",
         "rFID",
         "evaluate with psnr and ssim",
+    ),
+    "i3d": WeightFile(
+        "i3d_torchscript.pt",
+        "https://www.dropbox.com/s/ge9e5ujwgetktms/i3d_torchscript.pt?dl=1",
+        # All of it: this file is a program.
+        "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2",
+        "rFVD",
+        "evaluate the frames with psnr and ssim",
     ),
 }
 

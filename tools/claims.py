@@ -7,7 +7,8 @@ best of three, three seeds are trained on frozen orders of data, trivial referen
 counts as shown is written in the script. Prints a table, then one summary line. The cpu tier takes minutes.
 
 claims: dcae (residual shortcuts make high ratios trainable), litevae (wavelets save the encoder's cost),
-eqvae (fine-tuning makes latents equivariant; keeps its models beside the figure)
+eqvae (fine-tuning makes latents equivariant; keeps its models beside the figure), diffusion-decoder (a decoder that
+samples restores detail)
 """
 
 import argparse
@@ -25,7 +26,7 @@ from latentae.errors import LatentAEError
 from latentae.files import write_json
 from latentae.version import __version__
 
-CLAIMS = ("dcae", "litevae", "eqvae")
+CLAIMS = ("dcae", "litevae", "eqvae", "diffusion-decoder")
 
 
 def summary(name: str, result: dict) -> str:
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Path(file).parent.mkdir(parents=True, exist_ok=True)  # before the run, not after it
     started = time.monotonic()
     try:
-        claim = importlib.import_module(f"claims.{args.name}")
+        claim = importlib.import_module(f"claims.{args.name.replace('-', '_')}")
         result = claim.run(args.tier, args.quick, args.steps, Path(figure) if figure else None)
     except LatentAEError as error:
         print(f"error: {error}", file=sys.stderr)

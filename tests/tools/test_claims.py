@@ -6,11 +6,13 @@ import sys
 
 import numpy as np
 import pytest
+import pywt
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderDC
-from scipy.stats import ttest_rel
+from scipy.stats import ttest_rel, wasserstein_distance
 from sklearn.decomposition import PCA
+from sklearn.metrics import roc_auc_score
 from torch import nn
 
 from latentae.bench.baselines import block_mean_baseline
@@ -24,10 +26,13 @@ def claims(tool, monkeypatch):
     for name in [name for name in sys.modules if name == "claims" or name.startswith("claims.")]:
         monkeypatch.delitem(sys.modules, name)
     import claims.dcae
+    import claims.diffusion_decoder
     import claims.eqvae
     import claims.frame
     import claims.litevae
     import claims.pictures
+    import claims.realism
+    import claims.samplers
 
     return claims
 
@@ -231,8 +236,150 @@ def test_drops_of_eqvae_are_shares_of_the_plain_error(claims):
     assert [verdict["shown"] for verdict in claims.eqvae.thresholds(changes)] == [True, False, True, False, True]
 
 
+def test_calibration_of_a_posterior_that_is_known(claims):
+    """Originals and samples from the same Gaussian: calibrated, with twice the error of its mean, for any K."""
+    torch.manual_seed(0)
+    mean = torch.randn(200, 3, 16, 16)
+    original = mean + 0.3 * torch.randn_like(mean)
+    for count in (2, 8):
+        figures = claims.realism.calibration(mean + 0.3 * torch.randn(count, *mean.shape), original)
+        assert figures["calibration"] == pytest.approx(1, abs=0.02)
+        assert figures["error_of_mean"] == pytest.approx(0.09, rel=0.02)
+        assert figures["error"] == pytest.approx(0.18, rel=0.02)
+    narrow = claims.realism.calibration(mean + 0.1 * torch.randn(4, *mean.shape), original)
+    assert narrow["calibration"] == pytest.approx(1 / 9, rel=0.05)
+
+
+def test_haar_distance_against_scipy_and_pywavelets(claims):
+    torch.manual_seed(0)
+    original, made = torch.randn(3, 3, 16, 8), torch.randn(3, 3, 16, 8) ** 3
+    expected = []
+    a, b = made.double().numpy(), original.double().numpy()
+    for _ in range(2):
+        a, details = pywt.dwt2(a, "haar")
+        b, wanted = pywt.dwt2(b, "haar")
+        pairs = zip(details, wanted, strict=True)
+        expected += [wasserstein_distance(x.ravel(), y.ravel()) / np.abs(y).mean() for x, y in pairs]
+    assert claims.realism.haar_distance(made, original, levels=2) == pytest.approx(np.mean(expected), rel=1e-5)
+    assert claims.realism.haar_distance(torch.zeros_like(original), original) == pytest.approx(1)
+
+
+def test_the_impostors_are_as_rough_as_the_originals(claims):
+    realism = claims.realism
+    torch.manual_seed(0)
+    original = torch.randn(8, 3, 64, 64)
+    smooth = F.avg_pool2d(original, 3, stride=1, padding=1)
+    noise = torch.randn_like(smooth) * realism.matching_noise(smooth, original)
+    assert realism.roughness(smooth + noise) == pytest.approx(realism.roughness(original), rel=0.02)
+    sharp = realism.unsharp(smooth, realism.matching_amount(smooth, original))
+    assert realism.roughness(sharp) == pytest.approx(realism.roughness(original), rel=1e-4)
+    assert realism.matching_noise(original, smooth) == 0
+    rows = original.diff(dim=-2).square().mean() + original.diff(dim=-1).square().mean()
+    assert realism.roughness(original) == pytest.approx(rows.item() / 2)
+
+
+def test_the_classifier_finds_what_there_is(claims):
+    torch.manual_seed(0)
+    images = F.avg_pool2d(torch.randn(256, 3, 18, 18), 3, stride=1)
+    seen, unseen = images[:128], images[128:]
+    noisy = [part + 0.2 * torch.randn_like(part) for part in (seen, unseen)]
+    assert claims.realism.held_out_auc((seen, noisy[0]), (unseen, noisy[1]), seed=0, steps=40) > 0.95
+    swapped = (seen.flip(0), unseen.flip(0))
+    assert claims.realism.held_out_auc((seen, swapped[0]), (unseen, swapped[1]), seed=0, steps=40) == pytest.approx(0.5)
+
+
+def test_auc_is_scikit_learns(claims):
+    rng = np.random.default_rng(0)
+    real, made = rng.integers(0, 9, 40) + 1.0, rng.integers(0, 9, 50) + 0.0  # with ties
+    expected = roc_auc_score([1] * 40 + [0] * 50, np.concatenate([real, made]))
+    assert claims.realism.auc(torch.from_numpy(real), torch.from_numpy(made)) == pytest.approx(expected)
+
+
+@pytest.fixture
+def components(claims):
+    """The frozen encoder of the claim about diffusion decoders, and what it was fitted on."""
+    training = claims.pictures.stream(0, 60, 32)
+    return claims.samplers.PrincipalComponents(training), training
+
+
+def test_the_frozen_encoder_is_scikit_learns_pca(claims, components):
+    encoder, training = components
+    blocks = claims.pictures.to_blocks(training.float() / 127.5 - 1, 8).numpy()
+    model = PCA(4).fit(blocks)
+    codes = encoder(training.float() / 127.5 - 1)
+    assert codes.flatten(2).transpose(0, 1).flatten(1).std(1).tolist() == pytest.approx([1] * 4, rel=1e-4)
+    back = claims.pictures.to_blocks(encoder.invert(codes), 8).numpy()
+    expected = model.inverse_transform(model.transform(blocks))
+    assert np.abs(back - expected).mean() < 0.02 * np.abs(expected).mean()  # a randomised basis against an exact one
+    assert encoder.spread**2 == pytest.approx(np.square(blocks - expected).mean(), rel=1e-3)
+
+
+def test_samplers_begin_alike_and_only_decoders_train(claims, components):
+    samplers = claims.samplers
+    modules = {name: samplers.build(name, components[0], 3) for name in samplers.TRAINED}
+    modules[samplers.GAN] = modules[samplers.GAN].autoencoder
+    for group in ((samplers.REGRESSION, samplers.GAN, samplers.DITO), (samplers.SWYCC_ARM, samplers.RESIDUAL)):
+        for name in group[1:]:
+            pairs = zip(modules[group[0]].decoder.parameters(), modules[name].decoder.parameters(), strict=True)
+            assert all(torch.equal(a, b) for a, b in pairs)
+    assert not any(p.requires_grad for module in modules.values() for p in module.encoder.parameters())
+
+
+def test_a_perfect_denoiser_of_the_residual_gives_the_pixels(claims, components, monkeypatch):
+    encoder, training = components
+    module = claims.samplers.build(claims.samplers.RESIDUAL, encoder, 0)
+    pixels = training[:2].float() / 127.5 - 1
+    z = encoder(pixels)
+    base = module.initial_decoder(z).detach()
+    residual = (pixels - base) / module.residual_std
+    monkeypatch.setattr(module, "denoise", lambda noisy, t, condition: residual)
+    made = module.decode(z, num_inference_steps=3).sample
+    torch.testing.assert_close(made, pixels, atol=1e-5, rtol=0)
+    loss = claims.samplers.diffusion_loss(module, z, pixels)
+    expected = claims.samplers.INITIAL_WEIGHT * F.mse_loss(base, pixels).item()
+    assert loss.item() == pytest.approx(expected)  # nothing else is left
+
+
+def test_generator_and_discriminator_share_no_gradient(claims, components):
+    samplers = claims.samplers
+    module = samplers.build(samplers.GAN, components[0], 0)
+    pixels = components[1][:2].float() / 127.5 - 1
+    samplers.adversarial_loss(module, pixels).backward()
+    found = [p.grad for p in module.adversary.discriminator.parameters()]
+    made = module.autoencoder.decode(components[0](pixels)).sample.detach()
+    fresh = samplers.build(samplers.GAN, components[0], 0).adversary
+    loss, _ = fresh.discriminator_loss(pixels, made)
+    for a, b in zip(found, torch.autograd.grad(loss, fresh.discriminator.parameters()), strict=True):
+        torch.testing.assert_close(a, b)
+    assert all(p.grad is not None for p in module.autoencoder.decoder.parameters())
+
+
+def test_a_student_of_one_step_has_nothing_to_learn(claims, components, monkeypatch):
+    samplers = claims.samplers
+    teacher = samplers.build(samplers.SWYCC_ARM, components[0], 0)
+    pixels = components[1][:2]
+    for steps, nothing in ((1, True), (3, False)):
+        monkeypatch.setattr(samplers, "TEACHER_STEPS", steps)
+        student = samplers.Student(teacher)
+        assert (student.loss(pixels.float() / 127.5 - 1, 5).item() < 1e-10) is nothing
+        assert (student.agreement({"photos": pixels})["agreement"] == float("inf")) is nothing
+    trained = {name.split(".")[1] for name, p in student.named_parameters() if p.requires_grad}
+    assert trained == {"decoder"}
+    assert student.autoencoder.config["num_inference_steps"] == 1
+
+
+def test_samplers_are_judged_seed_by_seed(claims):
+    samplers, judge = claims.samplers, claims.diffusion_decoder.thresholds
+    good = {"calibration": 1.1, "error_ratio": 2.1, "auc": 0.7}
+    figures = {name: {seed: dict(good) for seed in range(3)} for name in samplers.SAMPLERS}
+    figures[samplers.NOISE] = {seed: {"auc": 0.8} for seed in range(3)}
+    assert all(verdict["shown"] for verdict in judge(figures))
+    figures[samplers.DITO][1] = {"calibration": 0.79, "error_ratio": 2.31, "auc": 0.8}
+    assert [verdict["shown"] for verdict in judge(figures)] == [False] * 3 + [True] * 6
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "arms"), [("dcae", 3), ("litevae", 5), ("eqvae", 3)])
+@pytest.mark.parametrize(("name", "arms"), [("dcae", 3), ("litevae", 5), ("eqvae", 3), ("diffusion-decoder", 5)])
 def test_the_command_from_end_to_end(name, arms, tool, tmp_path):
     script = tool("claims").__file__
     options = ["--quick", "--threads", "1", "--json", str(tmp_path / "new" / f"{name}.json")]

@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 import torch
@@ -45,6 +46,12 @@ def tune_pictures(leaves: int = 12, size: int = 256) -> dict[str, Tensor]:
     return {"photos": torch.stack(crops), "leaves": leaves_of(TUNE_SEED, leaves, size)}
 
 
+def crops_of(split: Literal["train", "held_out"], count: int, size: int, seed: int) -> Tensor:
+    """Random crops of the photos of one split, scaled and flipped as in training: uint8 (count, 3, size, size)."""
+    dataset = ImageDataset(SamplePhotos(split), size=size, seed=seed)
+    return torch.stack([dataset[position]["pixels"] for position in range(count)])
+
+
 def leaves_of(seed: int, count: int, size: int) -> Tensor:
     return torch.stack([to_tensor(dead_leaves(i, size, seed)) for i in range(count)])
 
@@ -75,8 +82,22 @@ def block_mean(pictures: dict[str, Tensor], factor: int) -> dict[str, float]:
 def pca(training: Tensor, pictures: dict[str, Tensor], factor: int, components: int) -> dict[str, float]:
     """PSNR of the best linear code of ``factor`` x ``factor`` blocks with as many floats, fitted on ``training``.
 
-    The basis is found by randomised subspace iteration on at most 8,000 blocks, which is exact enough (0.01 dB) and
-    fits 64 x 64 blocks of 12,288 numbers.
+    Args:
+        training: uint8 (N, 3, H, W) with sides that are multiples of ``factor``.
+    """
+    mean, basis = principal_components(training, factor, components)
+    decoded = {}
+    for kind, images in pictures.items():
+        code = (to_blocks(to_float(images), factor) - mean) @ basis
+        decoded[kind] = from_blocks(code @ basis.T + mean, images.shape, factor)
+    return psnr_by_kind(decoded, pictures)
+
+
+def principal_components(training: Tensor, factor: int, components: int) -> tuple[Tensor, Tensor]:
+    """Mean (3 factor^2,) and principal axes (3 factor^2, components) of the pictures' blocks in [-1, 1].
+
+    They are found by randomised subspace iteration on at most 8,000 blocks, which is exact enough (0.01 dB) and fits
+    64 x 64 blocks of 12,288 numbers.
 
     Args:
         training: uint8 (N, 3, H, W) with sides that are multiples of ``factor``.
@@ -91,12 +112,7 @@ def pca(training: Tensor, pictures: dict[str, Tensor], factor: int, components: 
         rank = min(components, *blocks.shape)
         extra = min(rank + 16, *blocks.shape)
         _, _, basis = torch.svd_lowrank(blocks - mean, q=extra, niter=6)
-    basis = basis[:, :rank]  # (3 factor^2, components)
-    decoded = {}
-    for kind, images in pictures.items():
-        code = (to_blocks(to_float(images), factor) - mean) @ basis
-        decoded[kind] = from_blocks(code @ basis.T + mean, images.shape, factor)
-    return psnr_by_kind(decoded, pictures)
+    return mean, basis[:, :rank]
 
 
 def to_blocks(pixels: Tensor, factor: int) -> Tensor:

@@ -1,0 +1,411 @@
+"""DiTo (arXiv 2501.18593) and SWYCC (arXiv 2409.02529): a decoder that samples restores detail that regression
+averages away.
+
+All arms decode the same latents: 4 principal components of 8 x 8 blocks, frozen, of 32-pixel crops of photos and of
+dead leaves, whose grain nothing at f8 can hold. Their networks are one U-Net:
+
+- L2: it predicts the pixels at once, by squared error;
+- L2 + white noise, L2 + unsharp mask: the same, made as rough as the originals: the noise's spread and the mask's
+  amount match the mean squared gradient. They are the impostors;
+- L2 + GAN: beside the squared error a PatchGAN, weighed by LDM's ratio of gradients;
+- DiTo: flow matching, predicting the velocity;
+- SWYCC: an initial decoder by squared error, and the U-Net, which sees its image, predicts the pixels themselves;
+- SWYCC, residual: as that, but what is diffused is the pixels less the initial image.
+
+PSNR is no judge: a right sampler of the posterior has twice the squared error of its mean, which is what L2 learns.
+The judges are calibration, the variance of samples over the squared error of their mean (1 if the original is like one
+more sample), the ratio of a sample's squared error to that of L2 (2 for a right sampler), and a small classifier that
+learns originals from reconstructions and is tried on pictures that no one has seen: the area under its curve (AUC, 0.5
+if it cannot tell) must be below that of L2 + white noise. Neither calibration nor the ratio alone will do: noise of any
+look has them if its variance is right. Beside them stands the Wasserstein distance of Haar details to the originals'.
+
+Then one step learns what the sampler does in several, with `StepDistillation`, for the velocity (DiTo) and for the
+pixels (SWYCC).
+"""
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from claims.frame import SEARCH_SEED, Arm, Outcome, Plan, run_arms
+from claims.pictures import TEST_SEED, TUNE_SEED, crops_of, leaves_of, psnr_by_kind, stream
+from claims.realism import calibration, haar_distance, held_out_auc, matching_amount, matching_noise, unsharp
+from claims.samplers import (
+    DITO,
+    FACTOR,
+    GAN,
+    INITIAL,
+    INITIAL_WEIGHT,
+    LATENT_CHANNELS,
+    LEAST_TIME,
+    NOISE,
+    REGRESSION,
+    SAMPLERS,
+    SWYCC_ARM,
+    TEACHER_STEPS,
+    TRAINED,
+    UNET,
+    UNSHARP,
+    PrincipalComponents,
+    Student,
+    build,
+    decode,
+    loss_of,
+    rounded,
+)
+from latentae.console import format_table, say
+from latentae.errors import RequestError
+from latentae.nn.pixels import to_float, to_uint8
+
+# Written before the run, from the issue; each must hold on every seed, for each of the three samplers.
+CALIBRATED = (0.8, 1.25)  # variance of samples over squared error of their mean
+ERROR_RATIO = (1.8, 2.3)  # squared error of a sample over that of L2
+# and the classifier's AUC must be below that of L2 + white noise
+
+CROP, BATCH, PCA_CROPS = 32, 16, 1000
+STEPS, EVALUATIONS = 600, 3  # about 40 minutes on one core that is free
+LEARNING_RATES = (1.5e-3, 3e-3, 6e-3)
+SAMPLE_STEPS = 32  # Euler's method with 8 takes a third of the variance even from a perfect denoiser, with 32 a tenth
+FEW_STEPS = (1, 4, 8)
+SAMPLES = 4  # of each test picture
+TEST_COUNT, CURVE_COUNT = 48, 16  # pictures of each kind
+CLASSIFIER_COUNT, CLASSIFIER_STEPS = 384, 200
+CROP_SEEDS = {"test": 10_003, "tune": 10_004, "classifier": 10_005}
+DISTILLATION_STEPS = 80
+DRAWN = 10  # pictures in the figure
+
+Decoder = Callable[[Tensor, int], Tensor]  # of pixels and of a seed
+Figures = dict[str, dict[int, dict[str, float]]]  # by arm and seed
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What decoders are judged on and how: pictures in uint8 that no arm trains on.
+
+    Attributes:
+        test: of held-out photos, and of leaves; ``curve`` is the first few.
+        tune: what learning rates are chosen on.
+        classifier: what the classifier learns from, in ``classifier_steps``.
+        euler_steps: of the samples.
+    """
+
+    test: dict[str, Tensor]
+    curve: dict[str, Tensor]
+    tune: dict[str, Tensor]
+    classifier: Tensor
+    classifier_steps: int
+    euler_steps: int
+
+
+def trial(count: int, few: int, classifier: int, classifier_steps: int, euler_steps: int) -> Trial:
+    def both(split: Any, number: int, crop_seed: int, leaves_seed: int) -> dict[str, Tensor]:
+        return {"photos": crops_of(split, number, CROP, crop_seed), "leaves": leaves_of(leaves_seed, number, CROP)}
+
+    test = both("held_out", count, CROP_SEEDS["test"], TEST_SEED)
+    learned = both("train", classifier // 2, CROP_SEEDS["classifier"], CROP_SEEDS["classifier"])
+    return Trial(
+        test,
+        {kind: x[:few] for kind, x in test.items()},
+        both("train", few, CROP_SEEDS["tune"], TUNE_SEED),
+        torch.cat(list(learned.values())),
+        classifier_steps,
+        euler_steps,
+    )
+
+
+def measure(module: Any, name: str, pictures: dict[str, Tensor]) -> dict[str, float]:
+    """PSNR of one sample by kind of pictures, and ``objective``, by which learning rates are chosen: higher is better.
+
+    It is what the arm is for: PSNR for L2, nearness of Haar details for the GAN, the loss for those that sample.
+    """
+    autoencoder = module.autoencoder if name == GAN else module
+    made = {kind: decode(autoencoder, to_float(x), 0, FEW_STEPS[-1]) for kind, x in pictures.items()}
+    figures = psnr_by_kind(made, pictures)
+    if name == REGRESSION:
+        objective = figures["psnr"]
+    elif name == GAN:
+        objective = -statistics.fmean(haar_distance(made[kind], to_float(x)) for kind, x in pictures.items())
+    else:
+        losses = [loss_of(module, to_float(x), seed) for x in pictures.values() for seed in range(4)]
+        objective = -torch.stack(losses).mean().item()
+    return {**figures, "objective": objective}
+
+
+def judge(decoder: Decoder, data: Trial, l2_error: float | None, seed: int, samples: int) -> dict[str, float]:
+    """All figures of one decoder.
+
+    Args:
+        l2_error: the mean squared error of L2 of the same seed; None for L2 itself.
+        seed: of the classifier's weights.
+        samples: decodings of each test picture; their noise has the seeds from 0 on.
+    """
+    made = {k: torch.stack([decoder(to_float(x), i) for i in range(samples)]) for k, x in data.test.items()}
+    by_kind = {kind: calibration(made[kind], to_float(x)) for kind, x in data.test.items()}
+    pooled = {key: statistics.fmean(each[key] for each in by_kind.values()) for key in ("variance", "error_of_mean")}
+    error = statistics.fmean(each["error"] for each in by_kind.values())
+    figures = psnr_by_kind({kind: x[0] for kind, x in made.items()}, data.test)
+    figures |= {f"calibration_{kind}": each["calibration"] for kind, each in by_kind.items()}
+    figures |= {**pooled, "calibration": pooled["variance"] / pooled["error_of_mean"], "error": error}
+    figures["error_ratio"] = error / (l2_error or error)
+    figures["haar"] = statistics.fmean(haar_distance(made[kind][0], to_float(x)) for kind, x in data.test.items())
+    seen = to_float(data.classifier)
+    unseen = torch.cat([to_float(x) for x in data.test.values()])
+    one = torch.cat([x[0] for x in made.values()])
+    figures["auc"] = held_out_auc((seen, decoder(seen, 1000)), (unseen, one), seed, data.classifier_steps)
+    return figures
+
+
+def by_steps(module: Any, data: Trial) -> dict[str, dict[str, float]]:
+    """PSNR of the sample of seed 0, and calibration, by the number of Euler steps."""
+    results = {}
+    for steps in FEW_STEPS:
+        made = {
+            k: torch.stack([decode(module, to_float(x), i, steps) for i in range(SAMPLES)])
+            for k, x in data.curve.items()
+        }
+        spreads = [calibration(made[kind], to_float(x)) for kind, x in data.curve.items()]
+        ratio = sum(each["variance"] for each in spreads) / sum(each["error_of_mean"] for each in spreads)
+        psnr = psnr_by_kind({kind: x[0] for kind, x in made.items()}, data.curve)["psnr"]
+        results[str(steps)] = {"psnr": psnr, "calibration": ratio}
+    return results
+
+
+def run(tier: str, quick: bool, steps: int | None, figure: Path | None) -> dict[str, Any]:
+    """Train, judge and distil; prints two tables and draws the reconstructions. See `claims.py` for the arguments."""
+    if tier != "cpu":
+        raise RequestError("The claim diffusion-decoder has only its cpu tier so far: leave --tier out.")
+    steps = steps or (2 if quick else STEPS)
+    plan = Plan(steps, max(steps // 5, 1), LEARNING_RATES, evaluations=min(EVALUATIONS, steps))
+    data = (
+        trial(4, 2, 8, 2, 2)
+        if quick
+        else trial(TEST_COUNT, CURVE_COUNT, CLASSIFIER_COUNT, CLASSIFIER_STEPS, SAMPLE_STEPS)
+    )
+    encoder = PrincipalComponents(stream(50, 100 if quick else PCA_CROPS, CROP))
+    for seed in plan.seeds:
+        batch_of(seed, 0, plan)  # so that no arm's clock pays for making pictures
+
+    kept: dict[str, dict[int, Any]] = {name: {} for name in TRAINED}
+    outcomes: list[Outcome] = []
+    for name in TRAINED:
+        say(f"arm: {name}")
+        arm = Arm(
+            name,
+            lambda seed, name=name: build(name, encoder, seed).train(),  # type: ignore[misc]
+            lambda module, seed, step: loss_of(module, batch_of(seed, step, plan), seed * 2**32 + step),
+            lambda module, seed, name=name: kept[name].update({seed: module}),  # type: ignore[misc]
+        )
+        outcomes += run_arms(
+            [arm],
+            plan,
+            lambda module, name=name: measure(module, name, data.tune),  # type: ignore[misc]
+            lambda module, name=name: measure(module, name, data.curve),  # type: ignore[misc]
+            "objective",
+        )
+    kept[GAN] = {seed: module.autoencoder for seed, module in kept[GAN].items()}
+
+    say("judging")
+    with torch.no_grad():
+        figures, impostors = judge_all(kept, data)
+        references = judge_references(encoder, kept, data)
+        few_steps = {name: {seed: by_steps(module, data) for seed, module in kept[name].items()} for name in SAMPLERS}
+    verdicts = thresholds(figures)
+    print_table(figures, references, outcomes, data.euler_steps)
+    if figure:
+        draw_pictures(figure, decoders_of(kept, data, plan.seeds[0])[0], data)
+
+    say("distilling")
+    distilled = distil({name: kept[name] for name in (DITO, SWYCC_ARM)}, plan, 1 if quick else DISTILLATION_STEPS, data)
+    print_distillation(distilled)
+    return {
+        "claim": "A sampling decoder restores detail that regression averages away (DiTo, arXiv 2501.18593; SWYCC, "
+        "arXiv 2409.02529).",
+        "setting": {
+            "steps": plan.steps,
+            "search_steps": plan.search_steps,
+            "learning_rates": plan.learning_rates,
+            "seeds": plan.seeds,
+            "crop": CROP,
+            "batch": BATCH,
+            "latents": f"{LATENT_CHANNELS} principal components of {FACTOR} x {FACTOR} blocks, frozen",
+            "unet": UNET,
+            "initial_decoder": INITIAL,
+            "predictions": SAMPLERS,
+            "euler_steps": data.euler_steps,
+            "sample_seeds": list(range(SAMPLES)),
+            "least_time_of_x0": LEAST_TIME,
+            "initial_weight": INITIAL_WEIGHT,
+            "classifier": {"pictures": len(data.classifier), "steps": data.classifier_steps},
+            "test_pictures": {kind: list(images.shape) for kind, images in data.test.items()},
+        },
+        "references": references,
+        "arms": {o.name: o.as_json(["psnr"]) for o in outcomes},
+        "figures": figures,
+        "impostors": impostors,
+        "by_steps": few_steps,
+        "distillation": distilled,
+        "thresholds": verdicts,
+        "shown": all(verdict["shown"] for verdict in verdicts),
+    }
+
+
+def batch_of(seed: int, step: int, plan: Plan) -> Tensor:
+    steps = plan.search_steps if seed == SEARCH_SEED else plan.steps
+    return to_float(stream(seed, steps * BATCH, CROP)[step * BATCH : (step + 1) * BATCH])
+
+
+def decoders_of(kept: dict[str, dict[int, Any]], data: Trial, seed: int) -> tuple[dict[str, Decoder], dict]:
+    """What is judged of one seed, and the spread of the noise and the amount of the mask, fitted to training photos."""
+    regression = kept[REGRESSION][seed]
+
+    def deterministic(name: str) -> Decoder:
+        return lambda pixels, noise_seed: decode(kept[name][seed], pixels, 0, 1)
+
+    seen = to_float(data.classifier)
+    smooth = decode(regression, seen, 0, 1)
+    spread, amount = matching_noise(smooth, seen), matching_amount(smooth, seen)
+
+    def with_noise(pixels: Tensor, noise_seed: int) -> Tensor:
+        noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(noise_seed))
+        return rounded(decode(regression, pixels, 0, 1) + spread * noise)
+
+    def sharpened(pixels: Tensor, noise_seed: int) -> Tensor:
+        return rounded(unsharp(decode(regression, pixels, 0, 1), amount))
+
+    def sampler(name: str) -> Decoder:
+        return lambda pixels, noise_seed: decode(kept[name][seed], pixels, noise_seed, data.euler_steps)
+
+    decoders = {REGRESSION: deterministic(REGRESSION), NOISE: with_noise, UNSHARP: sharpened, GAN: deterministic(GAN)}
+    return decoders | {name: sampler(name) for name in SAMPLERS}, {"noise_std": spread, "unsharp_amount": amount}
+
+
+def judge_all(kept: dict[str, dict[int, Any]], data: Trial) -> tuple[Figures, dict[int, dict[str, float]]]:
+    figures: Figures = {}
+    impostors = {}
+    for seed in set.intersection(*(set(by_seed) for by_seed in kept.values())):  # those that no arm diverged with
+        decoders, impostors[seed] = decoders_of(kept, data, seed)
+        l2_error = None
+        for name, decoder in decoders.items():
+            samples = SAMPLES if name in SAMPLERS or name == NOISE else 2
+            one = figures.setdefault(name, {})[seed] = judge(decoder, data, l2_error, seed, samples)
+            l2_error = l2_error or one["error"]
+    return figures, impostors
+
+
+def judge_references(
+    encoder: PrincipalComponents, kept: dict[str, dict[int, Any]], data: Trial
+) -> dict[str, dict[str, float]]:
+    """The linear decoder of the same latents, and block means, against L2 of one seed."""
+    seed = min(kept[REGRESSION])
+
+    def linear(pixels: Tensor, noise_seed: int) -> Tensor:
+        return rounded(encoder.invert(encoder(pixels)))
+
+    def means(pixels: Tensor, noise_seed: int) -> Tensor:
+        return rounded(F.interpolate(F.avg_pool2d(pixels, FACTOR), scale_factor=float(FACTOR)))
+
+    l2 = judge(decoders_of(kept, data, seed)[0][REGRESSION], data, None, seed, 2)["error"]
+    decoders = {"PCA f8c4": linear, "block mean f8 (3 floats)": means}
+    return {name: judge(decoder, data, l2, seed, 2) for name, decoder in decoders.items()}
+
+
+def thresholds(figures: Figures) -> list[dict[str, Any]]:
+    """For each sampler: calibration, error ratio, and the classifier against that of L2 + white noise."""
+    verdicts = []
+    for name in SAMPLERS:
+        for figure, (low, high), sentence in (
+            ("calibration", CALIBRATED, "is calibrated"),
+            ("error_ratio", ERROR_RATIO, "has twice the error of L2"),
+        ):
+            values = [one[figure] for one in figures[name].values()]
+            found = f"{min(values):.2f} to {max(values):.2f}, wanted {low} to {high} on every seed"
+            shown = len(values) > 1 and all(low <= value <= high for value in values)
+            verdicts.append({"sentence": f"{name} {sentence}", "found": found, "shown": shown})
+        values, noisy = ([one["auc"] for one in figures[arm].values()] for arm in (name, NOISE))
+        found = f"AUC {statistics.fmean(values):.3f} against {statistics.fmean(noisy):.3f}, wanted below on every seed"
+        shown = len(values) > 1 and all(a < b for a, b in zip(values, noisy, strict=True))
+        sentence = f"{name} is harder to tell from originals than {NOISE}"
+        verdicts.append({"sentence": sentence, "found": found, "shown": shown})
+    return verdicts
+
+
+def distil(teachers: dict[str, dict[int, Any]], plan: Plan, steps: int, data: Trial) -> dict[str, dict[str, Any]]:
+    """One step of each sampler against its several, before and after."""
+    results = {}
+    short = replace(plan, steps=steps, search_steps=max(steps // 4, 1), evaluations=1)
+    for name, by_seed in teachers.items():
+        arm = Arm(
+            name,
+            lambda seed: Student(by_seed[seed if seed in by_seed else min(by_seed)]).train(),  # noqa: B023
+            lambda module, seed, step: module.loss(batch_of(seed, step, plan), seed * 2**32 + step),
+        )
+        [outcome] = run_arms(
+            [arm],
+            short,
+            lambda module: module.agreement(data.tune),
+            lambda module: module.agreement(data.curve),
+            "agreement",
+        )
+        results[name] = {
+            "prediction": SAMPLERS[name],
+            "teacher_steps": TEACHER_STEPS,
+            "steps": steps,
+            "before": [run.values[0] for run in outcome.runs],
+            "after": [run.values[-1] for run in outcome.runs],
+            **outcome.as_json(["agreement", "psnr"]),
+        }
+    return results
+
+
+def print_table(
+    figures: Figures, references: dict[str, dict[str, float]], outcomes: list[Outcome], euler_steps: int
+) -> None:
+    columns = ("psnr", "calibration", "error_ratio", "haar", "auc")
+    rates = {outcome.name: outcome.learning_rate for outcome in outcomes}
+    rows: list[list[Any]] = [[name, None, None, None, *(v[c] for c in columns)] for name, v in references.items()]
+    for name, by_seed in figures.items():
+        means = [statistics.fmean(one[column] for one in by_seed.values()) for column in columns]
+        steps = euler_steps if name in SAMPLERS else None
+        rows.append([name, SAMPLERS.get(name), steps, rates.get(name), *means])
+    header = ["held out, sample seed 0", "predicts", "steps", "rate", "PSNR, dB", "calibration", "error / L2's"]
+    print(format_table([*header, "Haar distance", "AUC"], rows))
+
+
+def print_distillation(distilled: dict[str, dict[str, Any]]) -> None:
+    rows: list[list[Any]] = []
+    for name, result in distilled.items():
+        before, after = (
+            [statistics.fmean(one[key] for one in result[when]) for key in ("agreement", "psnr")]
+            for when in ("before", "after")
+        )
+        teacher = statistics.fmean(one["teacher_psnr"] for one in result["before"])
+        rows.append([name, result["prediction"], before[0], after[0], before[1], after[1], teacher])
+    header = [f"one step against {TEACHER_STEPS}, dB", "predicts", "before", "after", "to originals, before", "after"]
+    print()
+    print(format_table([*header, "the teacher's"], rows))
+
+
+def draw_pictures(path: Path, decoders: dict[str, Decoder], data: Trial) -> None:
+    """A PNG: a row of originals, then one for each decoder, from the noise of seed 0."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    originals = to_float(torch.cat([x[: DRAWN // len(data.test)] for x in data.test.values()]))
+    rows = {"original": originals} | {name: decoder(originals, 0) for name, decoder in decoders.items()}
+    figure, axes = pyplot.subplots(len(rows), 1, figsize=(11, 1.1 * len(rows)), layout="constrained")
+    for axis, (name, images) in zip(axes, rows.items()):
+        axis.imshow(to_uint8(torch.cat(list(images), dim=-1)).permute(1, 2, 0), interpolation="nearest")
+        axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+        axis.set_xticks([])
+        axis.set_yticks([])
+    figure.suptitle(f"Held-out crops of {CROP} pixels; samplers with {data.euler_steps} steps")
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

@@ -25,7 +25,7 @@ pixels (SWYCC).
 
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ SAMPLES = 4  # of each test picture
 TEST_COUNT, CURVE_COUNT = 48, 16  # pictures of each kind
 CLASSIFIER_COUNT, CLASSIFIER_STEPS = 384, 200
 CROP_SEEDS = {"test": 10_003, "tune": 10_004, "classifier": 10_005}
-DISTILLATION_STEPS = 80
+DISTILLATION_STEPS, DISTILLATION_RATES = 80, (3e-4, 1e-3, 3e-3)
 DRAWN = 10  # pictures in the figure
 
 Decoder = Callable[[Tensor, int], Tensor]  # of pixels and of a seed
@@ -338,7 +338,7 @@ def thresholds(figures: Figures) -> list[dict[str, Any]]:
 def distil(teachers: dict[str, dict[int, Any]], plan: Plan, steps: int, data: Trial) -> dict[str, dict[str, Any]]:
     """One step of each sampler against its several, before and after."""
     results = {}
-    short = replace(plan, steps=steps, search_steps=max(steps // 4, 1), evaluations=1)
+    short = Plan(steps, max(steps // 4, 1), DISTILLATION_RATES, evaluations=1, seeds=plan.seeds)
     for name, by_seed in teachers.items():
         arm = Arm(
             name,

@@ -1,6 +1,7 @@
 """List every named configuration: compression, latent channels, parameters of both halves, where it comes from.
 
-With --macs also the arithmetic of both halves, beside that of Stable Diffusion's autoencoder.
+With --macs also the arithmetic of both halves, beside that of Stable Diffusion's autoencoder. A decoder that samples
+has a number of steps, and its arithmetic is that of all of them.
 """
 
 import argparse
@@ -43,8 +44,9 @@ def run(args: argparse.Namespace) -> int:
     for r in rows:
         figures = [f"{r[f'{half}_millions']:.2f}" for half in ("encoder", "decoder")]
         figures += [three_figures(r[column]) for column in counted]
+        figures.append(r.get("decode_steps") or "")
         table.append([r["name"], f"f{r['ratio']}c{r['channels']}", *figures, r["source"], r["hub_id"] or ""])
-    titles = ["encoder M", "decoder M", *(column.replace("_gmac", " GMAC") for column in counted)]
+    titles = ["encoder M", "decoder M", *(column.replace("_gmac", " GMAC") for column in counted), "steps"]
     print(format_table(["preset", "latents", *titles, "source", "weights"], table))
     return 0
 

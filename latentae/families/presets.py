@@ -261,7 +261,7 @@ def create(name: str, *, seed: int = 0, **overrides: Any) -> Autoencoder:
 
 
 def describe(name: str) -> dict[str, Any]:
-    """What a preset is, without allocating its weights: compression, channels, parameters, source, hub id."""
+    """What a preset is, without allocating its weights: compression, channels, parameters, steps, source, hub id."""
     preset = find_preset(name)
     with torch.device("meta"):
         autoencoder = create(name)
@@ -273,6 +273,7 @@ def describe(name: str) -> dict[str, Any]:
         "channels": autoencoder.latent_channels,
         "encoder_millions": round(millions["encoder"], 2),
         "decoder_millions": round(millions["decoder"], 2),
+        "decode_steps": autoencoder.config["num_inference_steps"] if autoencoder.samples else None,
         "source": preset.source,
         "hub_id": preset.hub_id,
     }

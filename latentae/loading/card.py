@@ -1,5 +1,6 @@
 """The model card of an exported folder: what the autoencoder is, and how to open it."""
 
+import inspect
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,10 @@ from latentae.families.presets import PRESETS
 from latentae.nn.padding import padding_mode
 from latentae.version import __version__
 
+OF_USE = (  # what a preset does not settle
+    *("scaling_factor", "shift_factor", "latents_mean", "latents_std"),
+    *("num_inference_steps", "time_shift_rho", "decode_seed"),
+)
 MARK = "<!-- Written by latentae export, which writes it anew unless this line is gone. -->"
 
 CARD = """\
@@ -100,11 +105,13 @@ def _sampling(config: Any) -> str:
 
 
 def _preset_of(autoencoder: Autoencoder) -> str | None:
-    """The first preset with this configuration, whatever the scale of the latents."""
+    """The first preset with this configuration, whatever the scale of the latents and the steps of sampling."""
+    arguments = inspect.signature(type(autoencoder).__init__).parameters
     for preset in PRESETS.values():
-        config = {key: value for key, value in preset.config.items() if key not in ("scaling_factor", "shift_factor")}
         if preset.family == type(autoencoder).__name__ and all(
-            _plain(autoencoder.config[key]) == _plain(value) for key, value in config.items()
+            _plain(autoencoder.config.get(name, argument.default)) == _plain(preset.config.get(name, argument.default))
+            for name, argument in arguments.items()
+            if name not in ("self", *OF_USE)
         ):
             return preset.name
     return None

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from latentae.data.transforms import adm_center_crop
+from latentae.data.transforms import adm_center_crop, to_tensor
 
 Crop = Callable[[np.ndarray, int], np.ndarray]
 
@@ -53,7 +53,7 @@ def linear_center_crop(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def _interpolated(image: np.ndarray, size: int, antialias: bool) -> np.ndarray:
-    pixels: Tensor = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float()  # (1, 3, H, W)
+    pixels: Tensor = to_tensor(image)[None].float()  # (1, 3, H, W)
     shape = _resized(*image.shape[:2], size)
     pixels = F.interpolate(pixels, shape, mode="bilinear", align_corners=False, antialias=antialias)
     return _centre((pixels[0] + 0.5).clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy(), size)

@@ -15,8 +15,10 @@ Train an autoencoder from a recipe. The same command again continues the run in 
 what to train
   --config RECIPE             a YAML file, or the name of a shipped recipe: demo, sd-vae-f8c4, dcae/f32c32-phase1,
                               -phase2, -phase3, and so for dcae/f64c128 and dcae/f128c512; eq-vae/finetune-kl, -vq;
-                              litevae/b-f8c12-128, -256, litevae/distill-f8c4; given more than once, later ones
-                              change earlier ones, and options change them all; 'latentae stages' runs several
+                              litevae/b-f8c12-128, -256, litevae/distill-f8c4; dito/b-f8c4, l-, xl-, b-f8c4-lpips,
+                              dito/distill-one-step, dito/onto-sd-vae-phase1, -phase2, glpto/b-f8c4, swycc/f8c4; given
+                              more than once, later ones change earlier ones, and options change them all; 'latentae
+                              stages' runs several
   --run_dir DIR               where checkpoints, samples, TensorBoard logs and config.yaml go (default runs/RECIPE)
   --fork                      continue DIR although the configuration has changed since it was started
 
@@ -41,6 +43,8 @@ options of a recipe, each also a key of its YAML
   --model.schedule.kind KIND             constant, cosine or step (.milestones [N,...], .decay F), after .warmup_steps N
   --model.latent_transforms+=Equivariance  EQ-VAE on any recipe; also ScaleOnly, LatentNoise, and ChannelPrefix
                                          (DC-AE 1.5); .NAME VALUE after it sets an argument of the last one
+  --model.denoising.times CLASS          of diffusion decoders: UniformTimes, LogitNormalTimes or CosineTimes;
+                                         --model.denoising.val_steps N     of samples in validation
   --model.compile true                   torch.compile    --model.term_gradients_every N   who pulls how hard, logged
   --model.optimizer.lr LR                --model.ema DECAY    --model.accumulate N    --model.gradient_clip NORM
   --checkpoint.every_steps N             --images.count N     --seed_everything N

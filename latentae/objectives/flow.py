@@ -86,10 +86,12 @@ class Denoising:
             ``validate`` and the end of a run take the configured number of steps.
 
     Raises:
-        RequestError: the autoencoder has no diffusion decoder.
+        RequestError: the autoencoder has no diffusion decoder, or ``val_steps`` is none.
     """
 
     def __init__(self, times: Times | None = None, val_steps: int = 4):
+        if val_steps < 1:
+            raise RequestError(f"model.denoising.val_steps is at least 1, not {val_steps}.")
         self.times = times or UniformTimes()
         self.val_steps = val_steps
 

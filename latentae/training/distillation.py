@@ -79,7 +79,8 @@ class StepDistillation(Denoising):
 
     The target of all terms, and what an adversary sees as real, is the teacher's sample. The student begins with the
     teacher's weights (``model.autoencoder.pretrained: TEACHER``), its encoder stays as it is, and what is saved decodes
-    in one step.
+    in one step. At the time of pure noise `FlowMatching` is the squared error of the image, weighed as v or x0; its
+    sigmoid weight is zero there.
 
     Args:
         teacher: a diffusion autoencoder, or what `latentae.load` opens: a folder, a hub id, a run, a checkpoint.

@@ -215,3 +215,5 @@ def test_who_can_be_denoised():
             Denoising().check(autoencoder)
     with pytest.raises(RequestError, match="std above 0, not 0"):
         LogitNormalTimes(std=0)
+    with pytest.raises(RequestError, match="val_steps is at least 1, not 0"):
+        Denoising(val_steps=0)

@@ -11,6 +11,7 @@ import torch
 
 from latentae.bench.crops import CROPS
 from latentae.errors import RequestError
+from latentae.metrics.features import SAMPLE_SIZE
 from latentae.weights import WEIGHT_FILES
 
 READINGS = {
@@ -36,6 +37,8 @@ RESIZES = {
     "tensorflow": "TensorFlow 1 bilinear to 299, (x - 128) / 128 (as torch-fidelity)",
     "half-pixel": "bilinear to 299 with half-pixel centres, x / 127.5 - 1 (as pytorch-fid)",
 }
+
+SAMPLE = f"at most {SAMPLE_SIZE:,} images, drawn by name"
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,10 @@ class Preset:
             },
             "rfid": f"{inception}, {RESIZES[self.resize]}, {READINGS[self.rfid]}, 2048 features in "
             f"{self.inception_dtype}, float64 sums; reference: the same cropped images",
+            "dists": f"{WEIGHT_FILES['vgg16'].name}, weighing of torchmetrics, at the images' own size, uint8 pair",
+            "kid": f"unbiased, kernel (x·y / d + 1)³, of the features of {SAMPLE}; no image meets its reconstruction",
+            "precision": f"third nearest neighbours (Kynkäänniemi et al. 2019) among the features of {SAMPLE}",
+            "recall": "as precision",
         }
         return {
             name: text if name not in MEASURES or name in self.reports else f"not of this protocol; {text}"
@@ -102,7 +109,7 @@ class Preset:
         } | ({"remark": self.remark} if self.remark else {})
 
 
-MEASURES = ("psnr", "ssim", "lpips_alex", "lpips_vgg", "rfid")
+MEASURES = ("psnr", "ssim", "lpips_alex", "lpips_vgg", "dists", "rfid", "kid", "precision", "recall")
 VAVAE = dict(
     reports=("psnr", "ssim", "lpips_vgg", "rfid"),
     crop="tensor",
@@ -118,9 +125,10 @@ PRESETS = {
         Preset(
             "adm",
             "ADM's evaluator, which VAR and LlamaGen use for rFID too",
-            ("fid", "precision", "recall"),
+            ("fid",),
             remark="measures FID against statistics of --fid-reference, usually of the training set: not comparable "
-            "with rFID. The original runs the network in TensorFlow; sFID is not measured.",
+            "with rFID. The original runs the network in TensorFlow; sFID and its precision "
+            "and recall against reference images are not measured.",
         ),
         Preset(
             "ldm",
@@ -149,7 +157,7 @@ PRESETS = {
         Preset(
             "seed-voken",
             "SEED-Voken (Open-MAGVIT2, IBQ), and FlowMo after it",
-            MEASURES,
+            ("psnr", "ssim", "lpips_alex", "lpips_vgg", "rfid"),
             crop="linear",
             quantisation="truncate-both",
             ssim="uniform",

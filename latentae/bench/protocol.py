@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from latentae.bench.images import ImageSet
-from latentae.bench.quality import Quality
+from latentae.bench.quality import SAMPLED, Quality
 from latentae.data.decode import DecodePolicy
 from latentae.version import __version__
 
@@ -39,8 +39,10 @@ def describe_protocol(images: ImageSet, quality: Quality, *, sample: bool, seed:
         "haarpsi": "YIQ, range 255, halved, C 30, alpha 4.2, mean over images",
         "lpips_alex": choices["lpips_alex"],
         "lpips_vgg": choices["lpips_vgg"],
+        "dists": choices["dists"],
         "rfid": choices["rfid"],
         "fid": f"the same network and images; reference: {reference.describe()}" if reference else "not measured",
+        **{name: choices[name] for name in SAMPLED},
         **({"remark": choices["remark"]} if "remark" in choices else {}),
     }
 

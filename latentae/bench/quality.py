@@ -1,7 +1,7 @@
 """Which metrics a benchmark measures, and what they give for one model.
 
-PSNR, SSIM, MS-SSIM, GMSD and HaarPSI need nothing. LPIPS and rFID need weight files, which are never downloaded: what
-is missing is recorded with the reason, and everything else is still measured.
+PSNR, SSIM, MS-SSIM, GMSD and HaarPSI need nothing. LPIPS, DISTS, rFID, KID, precision and recall need weight files,
+which are never downloaded: what is missing is recorded with the reason, and everything else is still measured.
 """
 
 from collections.abc import Sequence
@@ -10,17 +10,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from latentae.bench.pairs import Pair
 from latentae.bench.presets import PRESETS, Preset
 from latentae.bench.reference import FrechetReference
 from latentae.errors import MissingExtra, MissingWeights, RequestError
+from latentae.metrics.dists import DISTS
+from latentae.metrics.features import NEIGHBOURHOOD, FeatureSample
 from latentae.metrics.frechet import BIASED_BELOW, FrechetInceptionDistance
 from latentae.metrics.image import PSNR, SSIM, LPIPSMetric, MeanOfImages
 from latentae.metrics.similarity import GMSD, MSSSIM, HaarPSI
 from latentae.metrics.variants import FloatLPIPS, FloatPSNR, OwnRangeSSIM, PaddedSSIM, SignedSSIM, UniformSSIM
 
-METRICS = ("psnr", "ssim", "ms_ssim", "gmsd", "haarpsi", "lpips_alex", "lpips_vgg", "rfid", "fid")
+SAMPLED = ("kid", "precision", "recall")  # of the features behind rFID
+METRICS = ("psnr", "ssim", "ms_ssim", "gmsd", "haarpsi", "lpips_alex", "lpips_vgg", "dists", "rfid", "fid", *SAMPLED)
 WITHOUT_WEIGHTS: dict[str, type[MeanOfImages]] = {
     "psnr": PSNR,
     "ssim": SSIM,
@@ -37,7 +41,7 @@ SSIM_VARIANTS: dict[str, type[MeanOfImages]] = {
     "padded-own-range": OwnRangeSSIM,
     "uniform": UniformSSIM,
 }
-LOWER_IS_BETTER = ("gmsd", "lpips_alex", "lpips_vgg", "rfid", "fid")
+LOWER_IS_BETTER = ("gmsd", "lpips_alex", "lpips_vgg", "dists", "rfid", "fid", "kid")
 HIGHER_IS_BETTER = {name: name not in LOWER_IS_BETTER for name in METRICS}
 BOOTSTRAP_DRAWS = 1000
 NOT_FINITE = "the reconstruction holds NaN or infinity"
@@ -85,7 +89,9 @@ class Quality:
         self.per_image: dict[str, MeanOfImages] = {}
         self.reads: dict[str, str] = {}  # of each metric per image
         self.frechet: FrechetInceptionDistance | None = None
+        self.sample: FeatureSample | None = None
         self.distances: list[str] = []
+        self.sampled: list[str] = []
         self.skipped: dict[str, str] = {}
         for name in self._wanted(names):
             if names is None and (reason := self._unasked(name)):
@@ -119,16 +125,20 @@ class Quality:
 
     def _add(self, name: str) -> None:
         preset = self.preset
-        if name in ("rfid", "fid"):
+        if name in ("rfid", "fid", *SAMPLED):
             if name == "fid" and self.reference is None:
                 raise RequestError("fid needs the statistics of a reference set: --fid-reference.")
             if self.frechet is None:
                 self.frechet = FrechetInceptionDistance(keep_originals=True, **preset.inception())
-            self.distances.append(name)
+            if name in SAMPLED and self.sample is None:
+                self.sample = FeatureSample(self.frechet.dimension, keep_originals=True)
+            (self.sampled if name in SAMPLED else self.distances).append(name)
         elif name.startswith("lpips_"):
             net = name.removeprefix("lpips_")
             self.per_image[name] = LPIPSMetric(net) if preset.lpips == "uint8" else FloatLPIPS(net)
             self.reads[name] = preset.lpips
+        elif name == "dists":
+            self.per_image[name], self.reads[name] = DISTS(), "uint8"
         else:
             variants = {"psnr": PSNRS[preset.psnr], "ssim": SSIM_VARIANTS[preset.ssim]}
             self.per_image[name] = variants.get(name, WITHOUT_WEIGHTS[name])()
@@ -137,8 +147,18 @@ class Quality:
     @property
     def weights(self) -> dict[str, str]:
         """The sha256 of every weight file in use, by metric."""
-        hashes = {n: m.weights_sha256 for n, m in self.per_image.items() if isinstance(m, LPIPSMetric)}
-        return hashes | ({name: self.frechet.weights_sha256 for name in self.distances} if self.frechet else {})
+        hashes = {n: m.weights_sha256 for n, m in self.per_image.items() if isinstance(m, LPIPSMetric | DISTS)}
+        of_features = [*self.distances, *self.sampled]
+        return hashes | ({name: self.frechet.weights_sha256 for name in of_features} if self.frechet else {})
+
+    def add_features(self, images: Tensor, keys: Sequence[str], original: bool) -> None:
+        """Count images of these names among the originals or the reconstructions, if a metric needs their features."""
+        if self.frechet is None:
+            return
+        features = self.frechet.features(images)
+        self.frechet.update(features, original=original)
+        if self.sample:
+            self.sample.update(features, keys, original=original)
 
 
 class Measurement:
@@ -157,23 +177,26 @@ class Measurement:
         self.failed: dict[int, str] = {}  # keys by place
         if quality.frechet:
             quality.frechet.to(device).reset()
+        if quality.sample:
+            quality.sample.to(device).reset()
 
     def add(self, places: Sequence[int], keys: Sequence[str], pair: Pair) -> None:
         """Compare a batch of images at these places in the order; what holds NaN is named and not measured."""
         quality = self.quality
-        if quality.frechet and not quality.knows_originals:
-            quality.frechet.update(pair.read(quality.preset.rfid)[1], original=True)
+        if not quality.knows_originals:
+            quality.add_features(pair.read(quality.preset.rfid)[1], keys, original=True)
+        usable: list[str] = []
         for place, key, is_usable in zip(places, keys, pair.finite.tolist()):
             if not is_usable:
                 self.failed[place] = key
                 continue
             self.places.append(place)
-            self.keys.append(key)
+            usable.append(key)
+        self.keys += usable
         if not pair.finite.any():
             return
         pair = pair.only(pair.finite)
-        if quality.frechet:
-            quality.frechet.update(pair.read(quality.preset.rfid)[0], original=False)
+        quality.add_features(pair.read(quality.preset.rfid)[0], usable, original=False)
         for name, metric in quality.per_image.items():
             self.rows[name] += metric.values(*pair.read(quality.reads[name])).tolist()
 
@@ -208,6 +231,7 @@ class Measurement:
             warnings.append(f"{len(self.failed)} reconstructions hold NaN or infinity and stay out of every figure.")
         for name in self.quality.distances:
             means[name] = self._distance(name, skipped, warnings)
+        means |= self._sampled(skipped, warnings)
         return {
             "metrics": {name: means.get(name) for name in METRICS if name in means or name in skipped},
             "intervals": intervals,
@@ -238,6 +262,20 @@ class Measurement:
             return float(frechet.compute())
         assert self.quality.reference is not None
         return frechet.distance_to(self.quality.reference.mean, self.quality.reference.covariance)
+
+    def _sampled(self, skipped: dict[str, str], warnings: list[str]) -> dict[str, float | None]:
+        sample, names = self.quality.sample, self.quality.sampled
+        if sample is None:
+            return {}
+        if len(self.keys) <= NEIGHBOURHOOD:
+            skipped |= {name: f"it needs at least {NEIGHBOURHOOD + 1} images" for name in names}
+            return dict.fromkeys(names)
+        if len(self.keys) > sample.size:
+            warnings.append(
+                f"KID, precision and recall are of {sample.size:,} of the {len(self.keys):,} images, drawn by name."
+            )
+        figures = sample.compute()
+        return {name: float(figures[name]) for name in names}
 
 
 def bootstrap_interval(values: np.ndarray, seed: int = 0) -> list[float] | None:

@@ -10,7 +10,7 @@ from latentae.errors import RequestError
 from latentae.files import read_json, write_json
 
 SCHEMA = 1
-DIGITS = {name: {"psnr": 2, "rfid": 3, "fid": 3}.get(name, 4) for name in METRICS}
+DIGITS = {name: {"psnr": 2, "rfid": 3, "fid": 3, "kid": 6}.get(name, 4) for name in METRICS}
 LABELS = {
     "psnr": "PSNR",
     "ssim": "SSIM",
@@ -21,6 +21,10 @@ LABELS = {
     "lpips_vgg": "LPIPS vgg",
     "rfid": "rFID",
     "fid": "FID",
+    "dists": "DISTS",
+    "kid": "KID",
+    "precision": "precision",
+    "recall": "recall",
 }
 
 

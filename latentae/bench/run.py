@@ -129,7 +129,7 @@ def bench(
                 **describe_protocol(images, quality, sample=sample, seed=seed, dtype=str(dtype)),
                 "images": None,
             },
-            "metrics": [*quality.per_image, *quality.distances, quality.weights],
+            "metrics": [*quality.per_image, *quality.distances, *quality.sampled, quality.weights],
             "options": {"batch_size": batch_size, "equivariance": equivariance, "report_images": report_images},
             "processes": processes.count,
             "versions": versions(),

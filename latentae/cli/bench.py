@@ -1,10 +1,10 @@
 """Measure autoencoders by one stated protocol and write a report.
 
 Every image is cropped to a square, sent through each model and back, rounded to bytes and compared with itself: PSNR,
-SSIM, MS-SSIM (from 161 px on), GMSD and HaarPSI always, LPIPS and rFID where their weight files are on this machine
-(they are never downloaded; a line says which file is missing and how to get it). Speed, memory and parameters stand
-beside them, and what the latents are like: their spectrum, effective rank, intrinsic dimension and KL divergence from
-N(0, 1).
+SSIM, MS-SSIM (from 161 px on), GMSD and HaarPSI always; LPIPS, DISTS, rFID, KID, precision and recall where their
+weight files are on this machine (they are never downloaded; a line says which file is missing and how to get it).
+Speed, memory and parameters stand beside them, and what the latents are like: their spectrum, effective rank, intrinsic
+dimension and KL divergence from N(0, 1).
 
   latentae bench photos/ --model runs/my-run --model stabilityai/sd-vae-ft-mse --out report/
   latentae bench photos/ --model before=runs/a --model after=runs/b --size 512 --limit 100
@@ -34,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--metrics",
         metavar="NAMES",
-        help="comma-separated, from psnr, ssim, ms_ssim, gmsd, haarpsi, lpips (or lpips_alex, lpips_vgg) and rfid; one "
-        "that is named here and cannot be measured is an error (default: all that can be)",
+        help="comma-separated, from psnr, ssim, ms_ssim, gmsd, haarpsi, lpips (or lpips_alex, lpips_vgg), dists, rfid, "
+        "kid, precision, recall; one that is named here and cannot be measured is an error (default: all that can be)",
     )
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="images at a time (default: 8)")
     parser.add_argument(

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import lpips
 import numpy as np
@@ -14,6 +15,8 @@ from PIL import Image
 from scipy.stats import bootstrap
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import nn
+from torch_fidelity.metric_kid import kernel_poly, mmd2
+from torch_fidelity.metric_prc import prc_features_to_metric
 from torchmetrics.image.fid import FrechetInceptionDistance as TorchmetricsFID
 
 import latentae
@@ -25,6 +28,7 @@ from latentae.codec import LatentCodec
 from latentae.data.transforms import adm_center_crop
 from latentae.errors import DataError, MissingWeights, RequestError
 from latentae.files import read_json, sha256_file
+from latentae.metrics.features import FeatureSample
 from latentae.metrics.frechet import FrechetDistance
 from latentae.nn.pixels import to_float
 from latentae.weights import WEIGHT_FILES
@@ -163,8 +167,10 @@ def test_without_weight_files_everything_else_is_measured_and_says_why(measured,
     results, _, _ = measured
     for model in results["models"]:
         without_weights = {"psnr", "ssim", "ms_ssim", "gmsd", "haarpsi"}
-        assert set(model["metrics"]) == without_weights | {"lpips_alex", "lpips_vgg", "rfid"}
-        for name, file in [("lpips_alex", "alexnet-owt"), ("lpips_vgg", "vgg16-397923af"), ("rfid", "inception-2015")]:
+        missing = dict.fromkeys(("rfid", "kid", "precision", "recall"), "inception-2015")
+        missing |= {"lpips_alex": "alexnet-owt", "lpips_vgg": "vgg16-397923af", "dists": "vgg16-397923af"}
+        assert set(model["metrics"]) == without_weights | set(missing)
+        for name, file in missing.items():
             assert model["metrics"][name] is None
             assert file in model["skipped"][name]
             assert "curl" in model["skipped"][name]
@@ -173,7 +179,8 @@ def test_without_weight_files_everything_else_is_measured_and_says_why(measured,
 def test_each_missing_file_gets_one_line_on_standard_error(photo_folder, capsys):
     bench(photo_folder, [tiny_taesd()], size=32, speed=False)
     lines = [line for line in capsys.readouterr().err.splitlines() if "is not measured" in line]
-    assert [line.split()[0] for line in lines] == ["lpips_alex", "lpips_vgg", "rfid", "ms_ssim"]
+    of_features = ["rfid", "kid", "precision", "recall"]
+    assert [line.split()[0] for line in lines] == ["lpips_alex", "lpips_vgg", "dists", *of_features, "ms_ssim"]
 
 
 def test_a_metric_that_is_asked_for_by_name_must_be_there(photo_folder):
@@ -215,7 +222,8 @@ def test_lpips_is_measured_where_its_file_is(photo_folder, tmp_path, monkeypatch
         pair = [torch.tensor(image).permute(2, 0, 1)[None] / 127.5 - 1 for image in read_pair(tmp_path / "out", sample)]
         assert row["lpips_alex"] == pytest.approx(theirs(*pair).item(), rel=1e-4)
     assert model["metrics"]["lpips_alex"] == pytest.approx(np.mean([row["lpips_alex"] for row in model["per_image"]]))
-    assert set(model["skipped"]) == {"lpips_vgg", "rfid", "ms_ssim"}
+    of_features = {"rfid", "kid", "precision", "recall"}
+    assert set(model["skipped"]) == {"lpips_vgg", "dists", *of_features, "ms_ssim"}
     assert results["metric_weights_sha256"] == {"lpips_alex": sha256}
     assert "LPIPS alex" in summarise(results)
 
@@ -247,6 +255,47 @@ def test_rfid_compares_each_model_with_the_same_originals(photo_folder, tmp_path
             theirs.update(torch.from_numpy(pairs[:, side]).permute(0, 3, 1, 2), real=real)
         assert model["metrics"]["rfid"] == pytest.approx(theirs.compute().item(), rel=1e-3)
         assert any("biased" in warning for warning in model["warnings"])
+        with torch.no_grad():
+            x, y = (TinyFeatures()(torch.from_numpy(pairs[:, side]).permute(0, 3, 1, 2)).double() for side in (0, 1))
+        options = dict(kid_kernel_poly_degree=3, kid_kernel_poly_coef0=1)
+        kernels = [kernel_poly(a.numpy(), b.numpy(), **options) for a, b in ((x, x), (x, y), (y, y))]
+        assert model["metrics"]["kid"] == pytest.approx(mmd2(*kernels, mmd_est="u-statistic"), abs=1e-7)
+        theirs = prc_features_to_metric(y, x, prc_neighborhood=3, prc_batch_size=9, save_cpu_ram=False, verbose=False)
+        for name in ("precision", "recall"):
+            assert model["metrics"][name] == pytest.approx(theirs[name], abs=1e-6)
+    few = bench(photo_folder, [("kl", tiny_kl())], size=48, limit=3, speed=False, metrics=["kid"])["models"][0]
+    assert few["metrics"]["kid"] is None
+    assert few["skipped"]["kid"] == "it needs at least 4 images"
+    assert "rfid" not in few["metrics"]
+
+
+def test_features_beyond_the_sample_are_said_to_be_left_out(photo_folder, monkeypatch):
+    def with_tiny_features(keep_originals):
+        metric = FrechetDistance(TinyFeatures(), 4, keep_originals=keep_originals)
+        metric.weights_sha256 = "0"
+        return metric
+
+    monkeypatch.setattr(quality, "FrechetInceptionDistance", with_tiny_features)
+    sample = partial(FeatureSample, size=5)
+    monkeypatch.setattr(quality, "FeatureSample", sample)
+    model = bench(photo_folder, [tiny_kl()], size=48, batch_size=2, speed=False, metrics=["recall"])["models"][0]
+    assert "KID, precision and recall are of 5 of the 6 images, drawn by name." in model["warnings"]
+    assert 0 <= model["metrics"]["recall"] <= 1
+
+
+def test_dists_is_measured_where_its_file_is(photo_folder, tmp_path, monkeypatch):
+    checkpoints = tmp_path / "torch_home" / "hub" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    file = checkpoints / WEIGHT_FILES["vgg16"].name
+    features = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"])
+    torch.save({f"features.{name}": value for name, value in features.state_dict().items()}, file)
+    sha256 = sha256_file(file)
+    monkeypatch.setitem(WEIGHT_FILES, "vgg16", replace(WEIGHT_FILES["vgg16"], sha256_prefix=sha256[:8]))
+    results = bench(photo_folder, [tiny_kl()], size=48, limit=2, speed=False, metrics=["dists"])
+    model = results["models"][0]
+    assert model["metrics"]["dists"] == pytest.approx(np.mean([row["dists"] for row in model["per_image"]]))
+    assert 0 < model["metrics"]["dists"] < 1
+    assert results["metric_weights_sha256"] == {"dists": sha256}
 
 
 def test_the_batch_size_changes_no_figure(photo_folder):

@@ -26,6 +26,7 @@ pixels (SWYCC).
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -337,21 +338,23 @@ def thresholds(figures: Figures) -> list[dict[str, Any]]:
 
 def distil(teachers: dict[str, dict[int, Any]], plan: Plan, steps: int, data: Trial) -> dict[str, dict[str, Any]]:
     """One step of each sampler against its several, before and after."""
-    results = {}
     short = Plan(steps, max(steps // 4, 1), DISTILLATION_RATES, evaluations=1, seeds=plan.seeds)
+
+    def student(by_seed: dict[int, Any], seed: int) -> Student:
+        return Student(
+            by_seed[seed if seed in by_seed else min(by_seed)]
+        ).train()  # the search has no teacher of its own
+
+    def loss(module: Any, seed: int, step: int) -> Tensor:
+        return module.loss(batch_of(seed, step, plan), seed * 2**32 + step)
+
+    def agreement(pictures: dict[str, Tensor]) -> Callable[[Any], dict[str, float]]:
+        return lambda module: module.agreement(pictures)
+
+    results = {}
     for name, by_seed in teachers.items():
-        arm = Arm(
-            name,
-            lambda seed: Student(by_seed[seed if seed in by_seed else min(by_seed)]).train(),  # noqa: B023
-            lambda module, seed, step: module.loss(batch_of(seed, step, plan), seed * 2**32 + step),
-        )
-        [outcome] = run_arms(
-            [arm],
-            short,
-            lambda module: module.agreement(data.tune),
-            lambda module: module.agreement(data.curve),
-            "agreement",
-        )
+        arm = Arm(name, partial(student, by_seed), loss)
+        [outcome] = run_arms([arm], short, agreement(data.tune), agreement(data.curve), "agreement")
         results[name] = {
             "prediction": SAMPLERS[name],
             "teacher_steps": TEACHER_STEPS,

@@ -244,6 +244,8 @@ def test_the_card_opens_the_folder_and_keeps_what_people_write(tiny_dcae, tmp_pa
         exec(program, namespace)
         assert namespace["posterior"].latent.shape == (1, 8, 32, 32)
 
+    assert "samples in" not in card
+
     card = tmp_path / "stock" / "README.md"
     card.write_text(card.read_text().replace("8", "9"))
     export(tiny_dcae, tmp_path / "stock")
@@ -251,3 +253,18 @@ def test_the_card_opens_the_folder_and_keeps_what_people_write(tiny_dcae, tmp_pa
     card.write_text("mine")
     export(tiny_dcae, tmp_path / "stock")
     assert card.read_text() == "mine"
+
+
+def test_the_card_of_a_sampling_decoder_says_how(tmp_path):
+    export(latentae.create("swycc-tiny", num_inference_steps=1, decode_seed=7), tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    for fact in (
+        "`swycc-tiny`",
+        "3.48 M parameters",
+        "samples in 1 step of",
+        "predicts x0 on the cosine path",
+        "seed 7",
+    ):
+        assert fact in card
+    export(latentae.create("swycc-tiny", decoder_layers=2), tmp_path)
+    assert "`swycc" not in (tmp_path / "README.md").read_text(), "another network than that of any preset"

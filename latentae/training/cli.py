@@ -214,7 +214,10 @@ class CommandLine(LightningCLI):
         description = self.config.model.autoencoder
         if resuming:
             self.config.model.autoencoder = {k: v for k, v in description.items() if k != "init_from"}
-        super().instantiate_classes()
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            raise own_cause(error) or error from error
         self.config.model.autoencoder = description  # the configuration that is saved names where the run began
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
@@ -262,6 +265,14 @@ class CommandLine(LightningCLI):
                 f"{self.run_dir} was started with another configuration ({'; '.join(changes)}): take another "
                 "--run_dir, or continue it under the new one with --fork."
             )
+
+
+def own_cause(error: BaseException) -> LatentAEError | None:
+    """Why something could not be made that may also be left out, which jsonargparse hides behind its own words."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, LatentAEError):
+        cause = cause.__cause__
+    return cause
 
 
 def settings(text: str) -> list[str]:

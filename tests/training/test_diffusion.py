@@ -531,6 +531,24 @@ def test_encoders_that_dito_cannot_have_are_refused(tmp_path):
             build_autoencoder({"preset": preset, "encoder_of": str(tmp_path / name), **options})
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model.denoising.val_steps=0"], "model.denoising.val_steps is at least 1, not 0."),
+        (["--model.denoising.times=LogitNormalTimes", "--model.denoising.times.std=0"], "a std above 0, not 0.0."),
+        (["--model.denoising={class_path: StepDistillation, init_args: {teacher: nowhere}}"], "no preset 'nowhere'"),
+        (["--model.denoising.times=LogitNormal"], "model.denoising.times names a class; 'LogitNormal' is unknown"),
+    ],
+)
+def test_what_cannot_be_made_is_one_sentence_of_ours(tmp_path, folder, capsys, options, message):
+    small = ["--model.autoencoder={preset: dito-tiny}", "--data.path", str(folder), "--run_dir", str(tmp_path / "run")]
+    small += ["--trainer.devices=1", "--trainer.accelerator=cpu", "--trainer.precision=32-true"]
+    assert main(["fit", "--config", "dito/b-f8c4", *small, *options]) == 2
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1
+    assert message in errors
+
+
 # Recipes
 
 

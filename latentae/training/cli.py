@@ -10,10 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import unified_diff
 from importlib.util import find_spec
+from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed
 import yaml
 from pytorch_lightning import Trainer
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
@@ -80,7 +83,7 @@ def fit_command(argv: list[str]) -> int:
         cli.build(resuming)
         cli.save_config()
         trainer: Any = cli.trainer
-        with lightning_manners(trainer):
+        with one_voice(), lightning_manners(trainer):
             trainer.fit(cli.model, cli.datamodule, ckpt_path=last if resuming else None)
             if cli.datamodule.val_source.items():
                 print_results(trainer.validate(cli.model, cli.datamodule, verbose=False))
@@ -110,7 +113,7 @@ def validate_command(argv: list[str]) -> int:
         cli.config.trainer.logger = False
         cli.build(resuming=True)
         trainer: Any = cli.trainer
-        with lightning_manners(trainer):
+        with one_voice(), lightning_manners(trainer):
             print_results(trainer.validate(cli.model, cli.datamodule, ckpt_path=checkpoint, verbose=False))
         return 0
 
@@ -123,13 +126,35 @@ def print_results(results: list[Any]) -> None:
 
 
 @contextmanager
+def one_voice() -> Iterator[None]:
+    """Of ranks that fail together, or one after the other, only the first says why."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        if not first_to_fail():
+            raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)) from None
+        raise
+
+
+def first_to_fail() -> bool:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return True
+    try:
+        return torch.distributed.distributed_c10d._get_default_store().add("latentae/failed", 1) == 1
+    except RuntimeError:  # the rank that held the store has gone, and has said why
+        return False
+
+
+@contextmanager
 def lightning_manners(trainer: Any) -> Iterator[None]:
     """Turn Lightning's ways of ending on signals and mistakes into ours."""
     outer = signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Lightning would run an inherited handler in mid-step
+    others = set(active_children())
     try:
         yield
     except SIGTERMException:  # Lightning leaves with 0
-        say("Terminated; the same command continues.")
+        if trainer.is_global_zero:
+            say("Terminated; the same command continues.")
         raise SystemExit(128 + signal.SIGTERM) from None
     except SystemExit:
         if trainer.state.status == TrainerStatus.INTERRUPTED:  # Lightning leaves with 1 on Ctrl-C
@@ -150,6 +175,16 @@ def lightning_manners(trainer: Any) -> Iterator[None]:
         raise
     finally:
         signal.signal(signal.SIGTERM, outer)
+        end_workers(set(active_children()) - others)
+
+
+def end_workers(workers: set[BaseProcess]) -> None:
+    """End what reads for a run that failed: such workers ignore the SIGTERM that Python would wait for at its end."""
+    outer = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes the end of a worker for an error
+    for worker in workers:
+        worker.kill()
+        worker.join()
+    signal.signal(signal.SIGCHLD, outer)
 
 
 class CommandLine(LightningCLI):

@@ -130,8 +130,12 @@ def _run(stage: Stage) -> int:
     outer = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     try:
         code = process.wait()
-    except KeyboardInterrupt:  # the terminal sends it to both
-        code = process.wait()
+    except KeyboardInterrupt:
+        try:
+            code = process.wait(timeout=5)  # the terminal sends it to both
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)
+            code = process.wait()
     finally:
         signal.signal(signal.SIGTERM, outer)
     return 128 - code if code < 0 else code

@@ -74,6 +74,19 @@ def test_killed_in_the_second_stage_it_goes_on_there(stages, tmp_path):
 
 
 @pytest.mark.slow
+def test_an_interrupt_of_the_command_alone_ends_the_stage(stages, tmp_path):
+    process = subprocess.Popen([sys.executable, "-m", "latentae", *stages], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "b/checkpoints/last.ckpt").is_file() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert "ended with exit code 130; the same command continues here." in errors
+
+
+@pytest.mark.slow
 def test_a_stage_that_fails_ends_the_command_with_its_exit_code(stages, tmp_path, capfd):
     assert main([*stages, "--model.optimizer.lr", "1e30", "--model.max_skipped_steps", "2"]) == 3
     errors = capfd.readouterr().err

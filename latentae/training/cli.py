@@ -252,7 +252,7 @@ class CommandLine(LightningCLI):
         try:
             super().instantiate_classes()
         except ValueError as error:
-            raise own_cause(error) or error from error
+            raise own_cause(error) or error from None
         self.config.model.autoencoder = description  # the configuration that is saved names where the run began
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:

@@ -2,12 +2,14 @@
 
 from dataclasses import replace
 
+import mpmath
 import numpy as np
 import pytest
 import torch
 import torch_fidelity
 from scipy.linalg import sqrtm
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.metric_fid import fid_statistics_to_metric
 from torchmetrics.image.fid import FrechetInceptionDistance as TorchmetricsFID
 
 from latentae.errors import MissingWeights, RequestError
@@ -77,6 +79,41 @@ def test_the_trace_is_that_of_the_matrix_square_root(count):
     assert frechet_distance(moments(one), moments(two)) == pytest.approx(
         expected.item(), rel=1e-6 if count >= 60 else 1e-4
     )
+
+
+@pytest.mark.parametrize("count", [8, 13, 60])
+def test_from_equal_statistics_it_is_that_of_50_digits(count):
+    """With fewer images than features too, where the eigenvalues of C1 C2 are useless in float64."""
+    generator = torch.Generator().manual_seed(count)
+    scale = torch.logspace(1, -4, 12, dtype=torch.float64)
+    one = torch.randn(count, 12, dtype=torch.float64, generator=generator) * scale
+    two = one + 0.02 * scale * torch.randn(count, 12, dtype=torch.float64, generator=generator)
+    statistics = moments(one), moments(two)
+    with mpmath.workdps(50):
+        (_, mean_1, c1), (_, mean_2, c2) = statistics
+        c1, c2 = (mpmath.matrix(c.tolist()) for c in (c1, c2))
+        values, vectors = mpmath.eigsy(c1)
+        root = vectors * mpmath.diag([mpmath.sqrt(max(value, 0)) for value in values]) * vectors.T
+        product = root * c2 * root
+        cross = sum(mpmath.sqrt(max(value, 0)) for value in mpmath.eigsy((product + product.T) / 2, eigvals_only=True))
+        squares = mpmath.fsum(mpmath.mpf(d) ** 2 for d in (mean_1 - mean_2).tolist())
+        expected = float(squares + sum(c1[i, i] + c2[i, i] for i in range(12)) - 2 * cross)
+    assert frechet_distance(*statistics) == pytest.approx(expected, rel=1e-6)
+    assert 1e-4 < expected < 1e-3 * float(sum(c1[i, i] for i in range(12)))  # a small difference of large traces
+
+
+@pytest.mark.slow
+def test_from_equal_statistics_it_is_that_of_torch_fidelity():
+    """2048 features of 2500 images, in float64 there too."""
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.logspace(0.25, -2.5, 2048, dtype=torch.float64)
+    one = torch.randn(2500, 2048, dtype=torch.float64, generator=generator) * scale
+    two = one + 0.05 * scale * torch.randn(2500, 2048, dtype=torch.float64, generator=generator)
+    statistics = moments(one), moments(two)
+    theirs = [{"mu": mean.numpy(), "sigma": covariance.numpy()} for _, mean, covariance in statistics]
+    expected = fid_statistics_to_metric(*theirs, verbose=False)["frechet_inception_distance"]
+    assert frechet_distance(*statistics) == pytest.approx(expected, rel=1e-6)
+    assert expected > 0.1
 
 
 @pytest.mark.parametrize("count", [10, 300])

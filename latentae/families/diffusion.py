@@ -99,6 +99,10 @@ class DiffusionAutoencoder(Autoencoder):
                     f"{name} {config[name]!r} is unknown to {type(self).__name__}; expected {', '.join(choices)}."
                 )
         _check_steps(config["num_inference_steps"])
+        if not config["time_shift_rho"] > 0:
+            raise RequestError(f"time_shift_rho is an exponent above 0, not {config['time_shift_rho']}.")
+        if (config["condition_mean"] is None) != (config["condition_std"] is None):
+            raise RequestError("condition_mean and condition_std go together: give both, or neither.")
         smallest = config["patch_size"] * 2 ** (len(config["decoder_widths"]) - 1)
         if self.spatial_compression_ratio % smallest:
             raise RequestError(

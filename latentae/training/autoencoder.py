@@ -424,6 +424,8 @@ class AutoencoderModule(pl.LightningModule):
             )
         if self.compiled:
             halves = [self.autoencoder.encoder, self.autoencoder.decoder, self.objective]
+            if hasattr(self.autoencoder, "initial_decoder"):
+                halves.append(self.autoencoder.initial_decoder)
             if self.adversary and not any(is_parametrized(m) for m in self.adversary.discriminator.modules()):
                 halves.append(self.adversary.discriminator)
             compile_networks(*halves)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from latentae.bench.report import Section
 from latentae.bench.results import DIAGNOSTICS_HEADER, diagnostics_rows
+from latentae.metrics.codebook import CodebookUsage, codes_of, indices_of
 from latentae.metrics.intrinsic_dimension import TwoNN
 from latentae.metrics.moments import EffectiveRank, PosteriorKL
 from latentae.metrics.spatial import SpatialCorrelation
@@ -31,15 +32,19 @@ class LatentDiagnostics:
         self.rank: EffectiveRank | None = None
         self.dimension: TwoNN | None = None
         self.divergence: PosteriorKL | None = None
+        self.codebook: CodebookUsage | None = None
 
-    def add(self, z: Tensor, posterior: Any, places: Sequence[int] | None = None) -> None:
+    def add(self, z: Tensor, posterior: Any, places: Sequence[int] | None = None, quantizer: Any = None) -> None:
         """Add latents (B, C, …) and the distribution that they come from.
 
         With the images' places in the order of all, processes that share the work draw the sample that one would.
         Images with NaN or infinity stay out.
         """
-        z = z.detach().cpu()
         finite = z.isfinite().flatten(1).all(1)
+        if quantizer is not None:
+            self.codebook = self.codebook or CodebookUsage(codes_of(quantizer))
+            self.codebook.update(indices_of(quantizer, z[finite]))
+        z, finite = z.detach().cpu(), finite.cpu()
         if places is not None:
             places = [place for place, is_finite in zip(places, finite.tolist()) if is_finite]
         self._add_latents(z[finite], places)
@@ -67,8 +72,9 @@ class LatentDiagnostics:
     def results(self) -> dict[str, Any]:
         """As JSON; what could not be measured is None.
 
-        ``spectrum`` (see `RadialSpectrum`), ``spatial_correlation`` by lag, ``effective_rank`` of as many channels, ``intrinsic_dimension`` of whole
-        latents with the number of ``points`` it comes from, and ``kl`` in nats per element, None without a Gaussian.
+        ``spectrum`` (see `RadialSpectrum`), ``spatial_correlation`` by lag, ``effective_rank`` of as many channels,
+        ``intrinsic_dimension`` of whole latents with the number of ``points`` it comes from, ``kl`` in nats per
+        element, None without a Gaussian, and ``codebook`` (see `CodebookUsage`), None of continuous latents.
         """
         dimension = self.dimension.compute() if self.dimension else {}
         return {
@@ -80,6 +86,7 @@ class LatentDiagnostics:
                 "points": int(dimension.get("points", 0)),
             },
             "kl": _plain(self.divergence.compute()) if self.divergence else None,
+            "codebook": _plain(self.codebook.compute()) if self.codebook else None,
         }
 
 
@@ -120,6 +127,24 @@ def diagnostics_section(models: Sequence[dict[str, Any]]) -> Section:
         DIAGNOSTICS_HEADER,
         diagnostics_rows(models),
         drawing=spectrum_drawing(curves) if any(points for _, points in curves) else "",
+    )
+
+
+def codebook_section(models: Sequence[dict[str, Any]]) -> Section:
+    """The part of the report that says what discrete latents cost, and how much of the codebook the images use."""
+    rows = []
+    for model in models:
+        if codebook := model["latents"].get("codebook"):
+            bits = math.log2(codebook["codes"])
+            figures = [f"{codebook['codes']:,}", f"{bits:.4g}", f"{bits / model['spatial_ratio'] ** 2:.3g}"]
+            rows.append([model["name"], *figures, f"{codebook['used']:.1%}", f"{codebook['perplexity']:,.1f}"])
+    return Section(
+        "Codebooks",
+        "A discrete latent takes the bits that name its code. Used: codes that occur in these images at all; "
+        "perplexity: how many equally frequent codes would say as much. Both grow with the number of images, so "
+        "compare only equal numbers.",
+        ("model", "codes", "bits / position", "bits / pixel", "used", "perplexity"),
+        rows,
     )
 
 

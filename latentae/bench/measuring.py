@@ -87,7 +87,8 @@ def measure(
             current.measurement.add(batch.places, keys, pair)
             z = codec.denormalise(latents.tensor)
             current.statistics.add(latents.posterior.sample(_generators(seed, keys)))
-            current.diagnostics.add(z, latents.posterior, batch.places)
+            quantizer = getattr(codec.autoencoder, "quantize", None)
+            current.diagnostics.add(z, latents.posterior, batch.places, quantizer)
             if current.equivariance:
                 current.equivariance.add(originals, batch.places)
             samples.save(fresh.index, keys, pair, z)

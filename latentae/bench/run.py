@@ -13,7 +13,7 @@ import torch
 from latentae.bench.checkpoints import Checkpoints
 from latentae.bench.contestants import Model, describe, open_contestants
 from latentae.bench.crops import CROPS
-from latentae.bench.diagnostics import diagnostics_section
+from latentae.bench.diagnostics import codebook_section, diagnostics_section
 from latentae.bench.equivariance import equivariance_section
 from latentae.bench.images import ImageFacts, ImageSet
 from latentae.bench.measuring import Pass, measure
@@ -185,6 +185,7 @@ def bench(
         if folder and processes.is_first:
             write_results(results, folder)
             sections = [*extra_sections, diagnostics_section(results["models"])]
+            sections += [section for section in [codebook_section(results["models"])] if section.rows]
             sections += [equivariance_section(results["models"])] if equivariance else []
             write_report(results, folder / "report.html", sections)
             checkpoints.clear()

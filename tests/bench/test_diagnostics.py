@@ -5,11 +5,13 @@ import math
 import numpy as np
 import pytest
 import scipy.fft
+import scipy.stats
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, VQModel
 from PIL import Image
 from torch import nn
 
+import latentae
 from latentae.bench.diagnostics import LatentDiagnostics, spectrum_drawing
 from latentae.bench.results import read_results, summarise
 from latentae.bench.run import bench
@@ -162,3 +164,28 @@ def test_the_command_writes_it(photo_folder, tmp_path, capsys):
     latents = read_results(tmp_path / "out")["models"][0]["latents"]
     assert latents.keys() >= {"spectrum", "effective_rank", "intrinsic_dimension", "kl"}
     assert latents["kl"]["kl"] > 0
+
+
+def test_discrete_latents_say_their_bits_and_how_much_of_the_codebook_is_used(photo_folder, tmp_path, tiny_kl):
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    stock = VQModel(**blocks, block_out_channels=[8, 8], norm_num_groups=4, latent_channels=3, num_vq_embeddings=32)
+    ours = latentae.create("dc-ae-tiny", latent_channels=4, quantizer={"kind": "fsq", "levels": [3, 4, 5, 3]})
+    models = [("stock", stock.eval()), ("ours", ours), ("kl", tiny_kl)]
+    results = bench(photo_folder, models, size=64, speed=False, out=tmp_path, batch_size=4)
+    of_stock, of_ours, of_kl = (model["latents"]["codebook"] for model in results["models"])
+    assert of_kl is None
+    pixels = torch.cat(list(crops(photo_folder, results["models"][0], 64)))
+    with torch.no_grad():
+        indices = stock.quantize(stock.encode(pixels).latents)[2][2]
+        counts = torch.bincount(indices, minlength=32)
+        assert of_stock == {
+            "codes": 32,
+            "used": (counts > 0).double().mean().item(),
+            "perplexity": pytest.approx(np.exp(scipy.stats.entropy(counts.numpy()))),
+        }
+        assert of_ours["used"] == ours.indices_of(ours.encode(pixels).latent_dist.mode()).unique().numel() / 180
+    page = (tmp_path / "report.html").read_text()
+    assert "Codebooks" in page
+    for cell in ("<td>5</td>", "<td>1.25</td>", f"<td>{of_stock['used']:.1%}</td>"):  # 5 bits for 2 x 2 pixels
+        assert cell in page

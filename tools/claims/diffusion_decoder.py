@@ -341,9 +341,8 @@ def distil(teachers: dict[str, dict[int, Any]], plan: Plan, steps: int, data: Tr
     short = Plan(steps, max(steps // 4, 1), DISTILLATION_RATES, evaluations=1, seeds=plan.seeds)
 
     def student(by_seed: dict[int, Any], seed: int) -> Student:
-        return Student(
-            by_seed[seed if seed in by_seed else min(by_seed)]
-        ).train()  # the search has no teacher of its own
+        teacher = by_seed.get(seed, by_seed[min(by_seed)])  # the search for rates has none of its own
+        return Student(teacher).train()
 
     def loss(module: Any, seed: int, step: int) -> Tensor:
         return module.loss(batch_of(seed, step, plan), seed * 2**32 + step)

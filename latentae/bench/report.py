@@ -14,21 +14,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from latentae.bench.altered import ALLOWED_LOSS
+from latentae.bench.plots import FRAME, MARKS, cost_quality, is_reference, legend, noise_robustness, rate_distortion
 from latentae.bench.quality import HIGHER_IS_BETTER, METRICS
-from latentae.bench.results import (
-    COST_HEADER,
-    LABELS,
-    cost_conditions,
-    cost_rows,
-    format_metric,
-    measured_metrics,
-    shape_label,
-    steps_label,
-)
-from latentae.console import three_figures
+from latentae.bench.results import COST_HEADER, DIGITS, LABELS, cost_conditions, cost_rows, format_metric
+from latentae.bench.tables import conditions, latent_statistics, results_table
 from latentae.errors import MissingExtra
 from latentae.files import atomic_write
 
+KINDS = ("reconstruction", "latents")
 PROTOCOL_LABELS = {"images_sha256": "hash of the images", "dtype": "precision", **LABELS}
 
 
@@ -54,25 +48,32 @@ def write_report(results: dict[str, Any], path: str | Path, extra_sections: Sequ
     Args:
         results: what `latentae.bench.run.bench` returns.
         path: the file to write; the images that the page shows are read from ``samples/`` beside it.
-        extra_sections: sections between the table and the images.
+        extra_sections: sections between the images and the cost.
 
     Raises:
         MissingExtra: jinja2 is not installed.
     """
     environment = require_report()
+    models = results["models"]
     samples = _samples(results, Path(path).parent)
     page = environment.get_template("report.html").render(
         results=results,
-        table=_table(results),
+        devices=", ".join(dict.fromkeys(model["device"] for model in models if model.get("device"))) or "no device",
+        table=results_table(results),
+        plots={
+            "rate": rate_distortion(models),
+            "rate_images": _rate_images(models),
+            "allowed_loss": ALLOWED_LOSS,
+            "noise": noise_robustness(models),
+            "cost": cost_quality(models),
+        },
         cost={"header": COST_HEADER, "rows": cost_rows(results), "conditions": cost_conditions(results)},
-        statistics=_latent_statistics(results),
+        statistics=latent_statistics(results),
         protocol=[(PROTOCOL_LABELS.get(key, key), _plain(value)) for key, value in results["protocol"].items()],
+        conditions=[(model["name"], conditions(model)) for model in models],
         notes=_notes(results),
         samples=samples,
-        viewer={
-            "models": [model["name"] for model in results["models"]],
-            "samples": [{"key": s["key"], "figures": s["figures"], "worst": s["worst"]} for s in samples],
-        },
+        viewer=_viewer(results, samples),
         sections=extra_sections,
     )
     with atomic_write(path) as stream:
@@ -97,137 +98,94 @@ def require_report() -> Any:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
+    environment.globals |= {"marks": MARKS, "frame": FRAME, "legend": legend}
     environment.filters["embed"] = lambda pixels: _data_uri(Image.fromarray(pixels))
     return environment
 
 
-def _table(results: dict[str, Any]) -> dict[str, Any]:
-    """Header and rows of cells ``{"text", "note", "best"}``, models first, baselines after them."""
-    metrics = measured_metrics(results)
-    columns = [("Model", ""), ("Latents", "floats per pixel")]
-    columns += [(f"{LABELS[name]} {'↑' if HIGHER_IS_BETTER[name] else '↓'}", "95 % interval") for name in metrics]
-    columns += [("Encode", "images/s"), ("Decode", "images/s"), ("Memory", "peak"), ("Parameters", ""), ("GMAC", "")]
-    best = {name: _best(results["models"], name) for name in metrics}
-    rows = []
-    for model in results["models"]:
-        cells = [_cell(shape_label(model), f"{model['floats_per_pixel']:.4g}")]
-        for name in metrics:
-            value, interval = model["metrics"].get(name), model["intervals"].get(name)
-            note = f"{format_metric(name, interval[0])} – {format_metric(name, interval[1])}" if interval else ""
-            cells.append(_cell(format_metric(name, value), note, value is not None and value == best[name]))
-        rows.append({"name": model["name"], "note": _what_it_is(model), "cells": cells + _cost(model)})
-    for row in results["baselines"]:
-        cells = [_cell("–"), *(_cell(format_metric(name, row.get(name))) for name in metrics), *[_cell("–")] * 5]
-        rows.append({"name": row["name"], "note": "baseline, no network", "cells": cells})
-    return {"columns": columns, "rows": rows}
-
-
-def _what_it_is(model: dict[str, Any]) -> str:
-    steps = f", {steps_label(model)}, seed {model['decoding']['seed']}" if model.get("decoding") else ""
-    return f"{model['class']}, {model['dtype']}{steps}"
-
-
-def _cost(model: dict[str, Any]) -> list[dict[str, Any]]:
-    speed, parameters, gmac = model["speed"], model["parameters"], model["gmac"]
-    cells = []
-    for half in ("encode", "decode"):
-        if speed is None:
-            cells.append(_cell("–"))
-            continue
-        low, high = speed[half]["quartiles"]
-        cells.append(
-            _cell(three_figures(speed[half]["images_per_second"]), f"{three_figures(low)} – {three_figures(high)}")
-        )
-    peaks = [speed[half]["peak_memory_bytes"] for half in ("encode", "decode")] if speed else []
-    cells.append(_cell(f"{max(peaks) / 2**30:.2f} GiB" if peaks and None not in peaks else "–"))
-    halves = [three_figures(parameters[half] / 1e6) for half in ("encoder", "decoder") if half in parameters]
-    cells.append(_cell(f"{three_figures(parameters['total'] / 1e6)} M", " + ".join(halves)))
-    work = [gmac[half] for half in ("encode", "decode") if half in gmac]
-    cells.append(_cell(three_figures(sum(work)) if work else "–", " + ".join(map(three_figures, work))))
-    return cells
-
-
-def _cell(text: str, note: str = "", best: bool = False) -> dict[str, Any]:
-    return {"text": text, "note": note, "best": best}
-
-
-def _best(models: list[dict[str, Any]], metric: str) -> float | None:
-    """The best value, if there is more than one to choose from."""
-    values = [model["metrics"][metric] for model in models if model["metrics"].get(metric) is not None]
-    if len(values) < 2:
-        return None
-    return max(values) if HIGHER_IS_BETTER[metric] else min(values)
-
-
-def _latent_statistics(results: dict[str, Any]) -> list[list[str]]:
-    rows = []
-    for model in results["models"]:
-        latents = model["latents"]
-        if "std" not in latents:
-            continue
-        suggested = latents["suggested_scaling_factor"]
-        rows.append(
-            [
-                model["name"],
-                " × ".join(map(str, latents["shape"])),
-                f"{latents['overall_mean']:.3f}",
-                f"{latents['overall_std']:.3f}",
-                f"{min(latents['std']):.3f} – {max(latents['std']):.3f}",
-                "–" if suggested is None else f"{suggested:.5g}",
-                f"{model['normalisation']['scaling_factor']:.5g}",
-            ]
-        )
-    return rows
+def _rate_images(models: list[dict[str, Any]]) -> str:
+    """Of how many images the rates are, where it is said."""
+    counts = {model["rate"]["images"] for model in models if (model.get("rate") or {}).get("images")}
+    return " to ".join(f"{count:,}" for count in sorted({min(counts), max(counts)})) if counts else ""
 
 
 def _notes(results: dict[str, Any]) -> list[tuple[str, str]]:
     """What a reader must know to read the table right: pairs of a subject and a sentence."""
-    notes = []
     models = results["models"]
-    common = dict(models[0]["skipped"]) if models else {}
-    for name, reason in common.items():
-        if all(model["skipped"].get(name) == reason for model in models):
-            notes.append((f"{LABELS[name]} not measured", reason))
+    notes = _not_measured(models)
     for model in models:
-        for name, reason in model["skipped"].items():
-            if (f"{LABELS[name]} not measured", reason) not in notes:
-                notes.append((f"{model['name']}: {LABELS[name]} not measured", reason))
-        notes += [(model["name"], warning) for warning in model["warnings"]]
+        notes += [(model["name"], warning) for warning in model.get("warnings", [])]
+        notes += [(f"{model['name']}: {image['key']} left out", image["reason"]) for image in model.get("failed", [])]
     if results["images"]["enlarged"]:
         notes.append(("Small images", f"{results['images']['enlarged']} were enlarged to the crop."))
     notes += [(f"Left out: {bad['key']}", bad["explanation"]) for bad in results["images"]["quarantined"]]
     return notes
 
 
+def _not_measured(models: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Which metrics are missing for one reason, and of which models unless of all that are no codecs."""
+    lacking: dict[str, tuple[dict[str, None], dict[str, None]]] = {}
+    for model in models:
+        for metric, reason in model.get("skipped", {}).items():
+            metrics, names = lacking.setdefault(reason, ({}, {}))
+            metrics[LABELS.get(metric, metric)] = names[model["name"]] = None
+    contestants = {model["name"] for model in models if not is_reference(model)}
+    notes = []
+    for reason, (metrics, names) in lacking.items():
+        of = "" if contestants <= names.keys() else f" of {', '.join(names)}"
+        notes.append((f"{', '.join(metrics)} not measured{of}", reason))
+    return notes
+
+
 def _samples(results: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
-    """The rows of ``results["samples"]`` with images as data URIs and with their figures as short texts."""
+    """The rows of ``results["samples"]`` with images as data URIs and with their figures, as numbers and as text."""
     rows = []
-    of_image = [{row["key"]: row for row in model["per_image"]} for model in results["models"]]
+    of_image = [{row["key"]: row for row in model.get("per_image", [])} for model in results["models"]]
     for sample in results["samples"]:
-        measured = [model_rows.get(sample["key"], {}) for model_rows in of_image]
+        measured = [model_rows.get(sample["key"]) for model_rows in of_image]
         figures = [
             " · ".join(
                 f"{LABELS[name]} {format_metric(name, row[name])}" for name in METRICS if row.get(name) is not None
             )
+            if row
+            else "not measured"
             for row in measured
         ]
-        worst = min((row["psnr"] for row in measured if row.get("psnr") is not None), default=None)
         rows.append(
             {
                 "key": sample["key"],
                 "input": _embed_file(folder / sample["input"]),
                 "models": [
-                    {"name": model["name"], **{kind: _embed_file(folder / file) for kind, file in entry.items()}}
+                    {
+                        "name": model["name"],
+                        **{kind: _embed_file(folder / entry[kind]) if entry.get(kind) else "" for kind in KINDS},
+                    }
                     for model, entry in zip(results["models"], sample["models"])
                 ],
                 "figures": figures,
-                "worst": worst,
+                "values": measured,
             }
         )
     return rows
 
 
+def _viewer(results: dict[str, Any], samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the script on the page reads; the pictures it finds on the page."""
+    metrics = [name for name in METRICS if any(row and name in row for s in samples for row in s["values"])]
+    return {
+        "models": [model["name"] for model in results["models"]],
+        "metrics": [
+            {"name": n, "label": LABELS[n], "digits": DIGITS[n], "higher_is_better": HIGHER_IS_BETTER[n]}
+            for n in metrics
+        ],
+        "samples": [{"key": s["key"], "figures": s["figures"], "values": s["values"]} for s in samples],
+    }
+
+
 def _embed_file(path: Path) -> str:
+    """A data URI, or nothing of a picture that was not saved."""
+    if not path.exists():
+        return ""
     with Image.open(path) as image:
         return _data_uri(image)
 

@@ -24,6 +24,7 @@ from latentae.files import write_json
 
 HOSTILE_NAME = "<script>alert(1)</script>\"'&{{ 7*7 }}"
 HOSTILE_FILE = "<img src=x onerror=alert(2)>.png"
+# Debian's package chromium, which .ci/run installs; an own Chrome does as well
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
@@ -42,11 +43,16 @@ class Darken(nn.Module):
         return nn.functional.interpolate(latents, scale_factor=4) * self.factor
 
 
-@pytest.fixture
-def report(photo_folder, tmp_path):
-    shutil.copy(photo_folder / "a.png", photo_folder / HOSTILE_FILE)
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """The folder of a benchmark of two models on seven images, one of which has a hostile name."""
+    photos, out = tmp_path_factory.mktemp("photos"), tmp_path_factory.mktemp("measured")
+    for i, name in enumerate(["a.png", "b.png", "c.jpg", "d.webp", "e e.jpeg", "sub/f.PNG", HOSTILE_FILE]):
+        y, x = np.mgrid[: 48 + 5 * i, : 80 - 4 * i]
+        image = np.stack([127 + 120 * np.sin(x / (5 + c) + y / (9 + i) + c) for c in range(3)], -1).astype(np.uint8)
+        (photos / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(image).save(photos / name)
     models = [("good", Darken(0.95)), (HOSTILE_NAME, Darken(0.6))]
-    out = tmp_path / "out"
     baselines = [{"name": "block mean", "psnr": 12.345}]
     section = Section(
         "A <b>title</b>",
@@ -55,7 +61,50 @@ def report(photo_folder, tmp_path):
         rows=[("x", 1), ("<i>y</i>", 2)],
         images=[("a caption", np.zeros((8, 8, 3), np.uint8))],
     )
-    results = bench(photo_folder, models, out=out, size=48, baselines=baselines, extra_sections=[section])
+    bench(photos, models, out=out, size=48, baselines=baselines, extra_sections=[section])
+    return out
+
+
+@pytest.fixture
+def report(measured, tmp_path):
+    out = shutil.copytree(measured, tmp_path / "out")
+    return read_results(out), out
+
+
+@pytest.fixture
+def full_report(report):
+    """With rates, robustness, rFID, a classical codec in two qualities, and an image that the second model failed."""
+    results, out = report
+    for i, model in enumerate(results["models"]):
+        curve = [{"step": 2.0**-n, "bits_per_pixel": 0.2 * 2**n * (i + 1), "psnr": 15.0 + n - i} for n in range(4)]
+        model["rate"] = {**curve[2], "curve": curve, "within": True, "images": 6, "psnr_unaltered": 18.0}
+        model["noise_robustness"] = {"curve": [{"noise": n, "psnr": 20 - 10 * n} for n in (0.1, 0.4)]}
+        model["gmac"] = {"encode": 1.0 + i, "decode": 2.0}
+        model["metrics"]["rfid"] = 1.5 + i
+        model["skipped"].pop("rfid", None)
+    bad = results["samples"][2]["key"]
+    bad_rows = [row for row in results["models"][1]["per_image"] if row["key"] != bad]
+    results["models"][1] |= {"per_image": bad_rows, "failed": [{"key": bad, "reason": "it holds NaN"}]}
+    for quality, bits, psnr in ((90, 2.0, 34.0), (10, 0.3, 25.0)):
+        place = len(results["models"])
+        for sample in results["samples"]:
+            with Image.open(out / sample["input"]) as image:
+                file = sample["input"].replace("input", f"model-{place}").replace("png", "jpg")
+                image.save(out / file, quality=quality)
+            sample["models"].append({"reconstruction": file})
+        results["models"].append(
+            {
+                "name": f"jpeg:{quality}",
+                "metrics": {"psnr": psnr},
+                "per_image": [{"key": row["key"], "psnr": psnr} for row in results["models"][0]["per_image"]],
+                "rate": {"bits_per_pixel": bits, "psnr": psnr},
+                "latents": {},
+                "parameters": {},
+                "gmac": {},
+                "speed": None,
+            }
+        )
+    write_report(results, out / "report.html")
     return results, out
 
 
@@ -131,9 +180,57 @@ def test_the_table_stands_without_javascript_and_marks_the_best(report):
     lower, higher = (model["metrics"]["gmsd"] for model in results["models"])
     assert lower < higher  # and lower is better
     assert set(page.best) == {(1, psnr), (1, ssim), (1, gmsd), (1, haarpsi)}
-    for value in ("rounded half up", results["protocol_sha256"], "rFID not measured", "Some text.", "a caption"):
+    for value in ("rounded half up", results["protocol_sha256"], "MS-SSIM not measured", "Some text.", "a caption"):
         assert value in page.text
     assert ["<i>y</i>", "2"] in page.rows
+
+
+def test_plots_show_every_model_and_name_it(full_report):
+    html = (full_report[1] / "report.html").read_text()
+    assert HOSTILE_NAME not in html
+    plots = dict(re.findall(r'<svg class="plot"[^>]*aria-label="([^"]*)">(.*?)</svg>', html, re.DOTALL))
+    assert set(plots) == {
+        "Rate and distortion",
+        "Noise in the latents",
+        *(f"{quality} over {cost}" for quality in ("PSNR", "rFID") for cost in ("GMAC", "time")),
+    }
+    rate = Page(plots["Rate and distortion"])
+    assert [tag for tag, _ in rate.tags].count("polyline") == 3
+    assert [tag for tag, _ in rate.tags].count("title") == 10
+    assert f"{HOSTILE_NAME}: 0.8 bits per pixel, 15.00 dB, latents rounded to 1/2 of their std" in rate.text
+    assert "jpeg:10: 0.3 bits per pixel, 25.00 dB" in rate.text
+    legend = re.search(r'<ul class="legend">(.*?)</ul>', html, re.DOTALL).group(1)
+    assert Page(legend).text.split("\n  ")[1:] == ["good", HOSTILE_NAME, "JPEG\n"]
+    assert Page(plots["rFID over time"]).text.count("rFID 1.500") == 1
+
+
+def test_rates_stand_in_the_table_and_codecs_compete_with_nobody(full_report):
+    results, out = full_report
+    page = Page((out / "report.html").read_text())
+    titles, good, _, fine, coarse = page.rows[:5]
+    rate, psnr, rfid = (next(i for i, t in enumerate(titles) if t.startswith(n)) for n in ("Bits", "PSNR", "rFID"))
+    assert good[rate] == "0.817.00 dB"
+    assert coarse[rate] == "0.325.00 dB"
+    assert fine[0] == "jpeg:90reference codec"
+    assert set(fine[rfid:]) == {"–"}
+    assert (1, psnr) in page.best
+    assert (1, rfid) in page.best
+    assert not [place for place in page.best if place[0] != 1]
+    assert {len(row) for row in page.rows[:6]} == {len(titles)}
+    assert f"{HOSTILE_NAME}: {results['samples'][2]['key']} left out" in page.text
+    assert "it holds NaN" in page.text
+
+
+def test_a_reason_is_given_once_and_names_the_models_it_holds_for(full_report):
+    results, out = full_report
+    good, hostile = results["models"][:2]
+    good["skipped"] = {"lpips_alex": "no file A", "kid": "no file B", "recall": "no file B"}
+    hostile["skipped"] = {"kid": "no file B", "recall": "no file B"}
+    write_report(results, out / "report.html")
+    text = Page((out / "report.html").read_text()).text
+    assert text.count("no file A") == text.count("no file B") == 1
+    assert "LPIPS alex not measured of good" in text
+    assert re.search(r"KID, recall not measured\s*no file B", text)
 
 
 def test_a_single_model_is_not_marked_best(photo_folder, tmp_path):
@@ -279,7 +376,8 @@ TRANSFORMS = "[...document.querySelectorAll('.stage img')].map(image => image.st
 @pytest.mark.slow
 def test_the_viewer_works_in_a_browser(report, browser):
     results, out = report
-    keys = [sample["key"] for sample in results["samples"]]
+    psnr = {row["key"]: row["psnr"] for row in results["models"][0]["per_image"]}
+    keys = sorted([sample["key"] for sample in results["samples"]], key=psnr.get)  # the worst first
     browser.open(out / "report.html")
     assert browser.evaluate("document.getElementById('gallery').hidden")
     assert browser.evaluate(TITLE) == keys[0]
@@ -307,8 +405,8 @@ def test_the_viewer_works_in_a_browser(report, browser):
 
     browser.wheel(browser.centre(".difference"), -300)
     transforms = browser.evaluate(TRANSFORMS)
-    assert len(transforms) == 4
-    assert set(transforms) == {transforms[0]}  # both panes zoom together
+    assert len(transforms) == 7  # twice two, the input and both models
+    assert set(transforms) == {transforms[0]}  # all panes zoom together
     assert float(re.search(r"scale\((.*)\)", transforms[0]).group(1)) == pytest.approx(np.e, rel=0.01)
     x, y = browser.centre(".difference")
     browser.drag((x, y), (x + 20, y + 10))
@@ -316,19 +414,137 @@ def test_the_viewer_works_in_a_browser(report, browser):
     browser.press("0")
     assert set(browser.evaluate(TRANSFORMS)) == {"translate(0%, 0%) scale(1)"}
 
-    browser.evaluate(
-        "(select => { select.value = 'worst'; select.onchange(); })(document.querySelectorAll('.bar select')[2])"
-    )
-    rows = [[row["psnr"] for row in model["per_image"]] for model in results["models"]]
-    worst = int(np.argmin(np.min(rows, axis=0)))
-    assert browser.evaluate(TITLE) == results["models"][0]["per_image"][worst]["key"]
     assert browser.problems() == []
+
+
+ORDER = "[...document.querySelectorAll('.strip button')].map(button => button.title)"
+
+
+@pytest.mark.slow
+def test_the_order_follows_the_metric_and_the_model(full_report, browser):
+    results, out = full_report
+    names = [sample["key"] for sample in results["samples"]]
+    failed = names[2]
+    browser.open(out / "report.html")
+    for metric, sign in (("psnr", 1), ("ssim", 1), ("gmsd", -1)):
+        select(browser, ".order", metric)
+        for place in (1, 0):
+            select(browser, ".right-choice", str(place + 1))
+            value = {row["key"]: sign * row[metric] for row in results["models"][place]["per_image"]}
+            expected = sorted(names, key=lambda key: value.get(key, -np.inf))  # what failed is the worst
+            assert browser.evaluate(ORDER) == expected
+            assert place == 0 or expected[0] == failed
+        assert browser.evaluate(TITLE) == browser.evaluate(ORDER)[browser.evaluate(CURRENT)]
+    select(browser, ".order", "")
+    assert browser.evaluate(ORDER) == names
+    select(browser, ".right-choice", "3")  # a codec has no latents to show
+    assert browser.evaluate("document.querySelector('.tiles img').hidden")
+    assert not browser.evaluate("document.querySelector('.difference img + img').hidden")
+    assert browser.problems() == []
+
+
+CURRENT = "[...document.querySelectorAll('.strip button')].findIndex(b => b.getAttribute('aria-current') === 'true')"
+
+
+def select(browser, selector, value):
+    node = f"document.querySelector({selector!r})"
+    browser.evaluate(f"(select => {{ select.value = {value!r}; select.onchange(); }})({node})")
+
+
+@pytest.mark.slow
+def test_on_a_phone_nothing_is_wider_than_the_page(full_report, browser):
+    browser.call("Emulation.setDeviceMetricsOverride", width=390, height=844, deviceScaleFactor=2, mobile=True)
+    browser.open(full_report[1] / "report.html")
+    assert browser.evaluate("innerWidth") == 390
+    assert browser.evaluate("document.documentElement.scrollWidth") == 390
+    outside = """[...document.querySelectorAll('body *')].filter(node => {
+        const box = node.getBoundingClientRect();
+        return box.width && (box.right > innerWidth + 0.5 || box.left < -0.5) && !node.closest('.scroll, .strip');
+    }).map(node => node.outerHTML.slice(0, 80))"""
+    assert browser.evaluate(outside) == []
+    letters = """[...document.querySelectorAll('svg text')].map(text => parseFloat(getComputedStyle(text).fontSize)
+        * text.ownerSVGElement.getBoundingClientRect().width / text.ownerSVGElement.viewBox.baseVal.width)"""
+    sizes = browser.evaluate(letters)
+    assert len(sizes) > 20
+    assert min(sizes) > 9
+    assert browser.problems() == []
+
+
+@pytest.mark.slow
+def test_two_fingers_zoom_all_pictures(full_report, browser):
+    browser.call("Emulation.setDeviceMetricsOverride", width=390, height=844, deviceScaleFactor=1, mobile=True)
+    browser.call("Emulation.setTouchEmulationEnabled", enabled=True, maxTouchPoints=2)
+    browser.open(full_report[1] / "report.html")
+    browser.evaluate("document.querySelector('.stage').scrollIntoView({block: 'center'})")
+    x, y = browser.centre(".stage")
+
+    def touch(kind, *distances):
+        points = [{"x": x + sign * d, "y": y - 60, "id": i} for d in distances for i, sign in enumerate((-1, 1))]
+        browser.call("Input.dispatchTouchEvent", type=kind, touchPoints=points)
+
+    touch("touchStart", 40)
+    touch("touchMove", 60)
+    touch("touchMove", 80)
+    touch("touchEnd")
+    transforms = browser.evaluate(TRANSFORMS)
+    assert set(transforms) == {transforms[0]}
+    assert float(re.search(r"scale\((.*)\)", transforms[0]).group(1)) == pytest.approx(2, rel=0.02)
+    assert browser.evaluate(SPLIT) == 50
+    assert browser.problems() == []
+
+
+CONTRASTS = """(() => {
+    const canvas = document.createElement('canvas').getContext('2d', { willReadFrequently: true });
+    const rgba = (colour) => {
+        canvas.clearRect(0, 0, 1, 1);
+        canvas.fillStyle = colour;
+        canvas.fillRect(0, 0, 1, 1);
+        return [...canvas.getImageData(0, 0, 1, 1).data];
+    };
+    const luminance = (colour) => colour.slice(0, 3).map(v => v / 255)
+        .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+        .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+    const ground = (node) => {
+        for (; node; node = node.parentElement) {
+            const colour = rgba(getComputedStyle(node).backgroundColor);
+            if (colour[3] === 255) return colour;
+        }
+        return [255, 255, 255];
+    };
+    const contrast = (a, b) => (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    const shown = [...document.querySelectorAll('body *')].filter(node => node.getClientRects().length);
+    const light = (node, colour) => luminance(rgba(getComputedStyle(node)[colour]));
+    const against = (node, colour) => contrast(light(node, colour), luminance(ground(node)));
+    const found = (nodes, colour) => nodes.map(node => [against(node, colour), node.outerHTML.slice(0, 80)]);
+    const says = (node) => [...node.childNodes].some(child => child.nodeType === 3 && child.data.trim());
+    const words = shown.filter(node => says(node) && !node.closest('svg, script, .tag, .handle'));
+    return {
+        ground: luminance(rgba(getComputedStyle(document.documentElement).backgroundColor)),
+        text: [...found(words, 'color'), ...found(shown.filter(node => node.matches('svg text')), 'fill')],
+        marks: found(shown.filter(node => node.matches('.series path')), 'fill'),
+    };
+})()"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_everything_can_be_read_in_the_light_and_in_the_dark(full_report, browser, scheme):
+    browser.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+    browser.open(full_report[1] / "report.html")
+    contrasts = browser.evaluate(CONTRASTS)
+    assert (contrasts["ground"] < 0.05) == (scheme == "dark")
+    assert len(contrasts["text"]) > 150
+    assert min(contrasts["text"])[0] >= 4.5, min(contrasts["text"])  # WCAG 2.2, 1.4.3
+    assert len(contrasts["marks"]) > 15
+    assert min(contrasts["marks"])[0] >= 3, min(contrasts["marks"])  # 1.4.11
 
 
 @pytest.mark.slow
 def test_the_error_map_shows_eight_times_the_error(report, browser):
     results, out = report
     browser.open(out / "report.html")
+    select(browser, ".order", "")
+    browser.press("Home")
     browser.press("ArrowDown")
     clip = browser.evaluate(
         "(box => ({x: box.x + scrollX, y: box.y + scrollY, width: box.width, height: box.height, scale: 1}))"

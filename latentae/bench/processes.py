@@ -8,6 +8,11 @@ import torch
 import torch.distributed as dist
 
 
+def is_first_process() -> bool:
+    """Whether this process speaks for all."""
+    return int(os.environ.get("WORLD_SIZE", "1")) == 1 or os.environ.get("RANK", "0") == "0"
+
+
 class Processes:
     """This process among all; with one only, nothing is sent anywhere.
 

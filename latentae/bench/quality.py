@@ -115,6 +115,10 @@ class Quality:
         wanted = expand_metric_names(METRICS if names is None else names)
         if names is None:
             wanted.remove("fid")
+            if self.reference is None and "fid" in self.preset.reports:
+                self.skipped["fid"] = (
+                    "the protocol compares with a reference set, whose statistics --fid-reference names"
+                )
         return [*wanted, *(["fid"] if self.reference and "fid" not in wanted else [])]
 
     def _unasked(self, name: str) -> str:

@@ -8,9 +8,11 @@ dimension and KL divergence from N(0, 1).
 
   latentae bench photos/ --model runs/my-run --model stabilityai/sd-vae-ft-mse --out report/
   latentae bench photos/ --model before=runs/a --model after=runs/b --size 512 --limit 100
+  torchrun --nproc_per_node 2 -m latentae bench photos/ --model runs/my-run --out report/
 
 A model is a folder, a run of 'latentae fit', a checkpoint, a hub id or a preset; NAME=MODEL gives it a name. The table
-goes to standard output; --out writes results.json, report.html (opens offline) and the images that it shows.
+goes to standard output; --out writes results.json, report.html (opens offline) and the images that it shows. If it is
+killed, the same command continues from OUT/progress; under torchrun several processes share the images.
 """
 
 import argparse
@@ -50,7 +52,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="precision of the models"
     )
-    parser.add_argument("--sample", action="store_true", help="encode to a sample of the posterior instead of its mode")
+    parser.add_argument(
+        "--protocol",
+        default="latentae",
+        metavar="NAME",
+        help="how to crop, round and compare: latentae (default), or as the papers do: adm, ldm, dc-ae, vavae, eqvae, "
+        "litevae (approximate), seed-voken, titok, dito; the foot of the table says what that is",
+    )
+    parser.add_argument(
+        "--fid-reference",
+        metavar="NPZ",
+        help="also measure FID against the mean and the covariance (mu, sigma) of a reference set in this file",
+    )
+    parser.add_argument(
+        "--sample",
+        action="store_true",
+        help="encode to a sample of the posterior instead of its mode, as vavae and eqvae do anyway",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of --sample and of decoders that draw noise (default: 0)")
     parser.add_argument(
         "--decode-steps",
@@ -67,6 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from latentae.bench.processes import is_first_process
     from latentae.bench.results import summarise
     from latentae.bench.run import bench
 
@@ -77,7 +96,9 @@ def run(args: argparse.Namespace) -> int:
         size=args.size,
         limit=args.limit,
         metrics=None if args.metrics is None else [name.strip() for name in args.metrics.split(",") if name.strip()],
-        sample=args.sample,
+        protocol=args.protocol,
+        fid_reference=args.fid_reference,
+        sample=args.sample or None,
         seed=args.seed,
         batch_size=args.batch_size,
         device=args.device,
@@ -91,6 +112,8 @@ def run(args: argparse.Namespace) -> int:
         equivariance=args.equivariance,
         decode_steps=numbers(args.decode_steps or ""),
     )
+    if not is_first_process():
+        return 0
     print(json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) if args.json else summarise(results))
     if args.out:
         from latentae.console import say

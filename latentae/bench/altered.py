@@ -5,7 +5,7 @@ times more; the first 32 images of a benchmark serve for all of it.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,35 +16,40 @@ from latentae.codec import LatentCodec, Latents
 from latentae.metrics.image import psnr
 from latentae.nn.pixels import to_uint8
 
-IMAGES = 32
+BATCH = 8
 PERFECT = 100.0  # dB, in place of infinity
-STEPS = (1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32)  # of a channel's standard deviation, coarsest first
+STEPS = (1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16)  # of a channel's standard deviation, coarsest first
 ALLOWED_LOSS = 0.1  # dB
-NOISES = (0.05, 0.1, 0.2, 0.4, 0.8)  # of a channel's standard deviation
+NOISES = (0.1, 0.2, 0.4)  # of a channel's standard deviation
 
 
 class AlteredLatents:
-    """Collects raw latents with their images, of the first ``count`` images, and decodes what is made of them.
+    """Keeps raw latents with their images, of the first ``count`` images, and decodes what is made of them.
 
     Args:
         noise: makes the generators of a decoder that samples, one for each name of an image.
     """
 
-    def __init__(self, codec: LatentCodec, noise: Callable[[list[str]], Any], count: int = IMAGES):
+    def __init__(self, codec: LatentCodec, noise: Callable[[list[str]], Any], count: int):
         self.codec, self.noise, self.count = codec, noise, count
-        self.batches: list[tuple[list[str], Tensor, Tensor]] = []
-        self.images = 0
+        self.kept: list[tuple[int, str, Tensor, Tensor]] = []
 
-    def add(self, keys: list[str], originals: Tensor, z: Tensor) -> None:
-        """Take the names, uint8 pixels (B, 3, H, W) and raw latents (B, C, ...) of a batch, while they are needed."""
-        missing = self.count - self.images
-        if missing > 0 and z.isfinite().all():
-            self.batches.append((keys[:missing], originals[:missing].cpu(), z[:missing].cpu()))
-            self.images += len(keys[:missing])
+    def add(self, places: Sequence[int], keys: list[str], originals: Tensor, z: Tensor) -> None:
+        """Take places in the order, names, uint8 pixels (B, 3, H, W) and raw latents (B, C, ...) while they are needed.
+
+        Latents with NaN or infinity stay out.
+        """
+        for place, key, original, latents in zip(places, keys, originals, z):
+            if len(self.kept) < self.count and latents.isfinite().all():
+                self.kept.append((place, key, original.cpu().clone(), latents.cpu().clone()))
+
+    def merge(self, other: "AlteredLatents") -> None:
+        """Take what another process kept, so that the first images of all are left."""
+        self.kept = sorted(self.kept + other.kept, key=lambda kept: kept[0])[: self.count]
 
     def results(self) -> dict[str, Any]:
         """``rate`` and ``noise_robustness``, both None where there were no images."""
-        if not self.batches:
+        if not self.kept:
             return {"rate": None, "noise_robustness": None}
         unaltered = self._psnr(lambda z: z)
         return {"rate": self._rate(unaltered), "noise_robustness": self._robustness(unaltered)}
@@ -59,10 +64,10 @@ class AlteredLatents:
 
         The figures are of ``images`` images, so that ``psnr_unaltered`` may differ from the PSNR of the table.
         """
-        common = {"images": self.images, "psnr_unaltered": unaltered, "allowed_loss": ALLOWED_LOSS}
+        common = {"images": len(self.kept), "psnr_unaltered": unaltered, "allowed_loss": ALLOWED_LOSS}
         if (quantizer := getattr(self.codec.autoencoder, "quantize", None)) is not None:
             codes = int(getattr(quantizer, "codes", 0) or quantizer.n_e)  # ours, or diffusers' VectorQuantizer
-            positions = math.prod(self.batches[0][2].shape[2:])
+            positions = math.prod(self.kept[0][3].shape[1:])
             bits = math.log2(codes) * positions / self._pixels
             return {**common, "bits_per_pixel": bits, "psnr": unaltered, "codes": codes}
         curve = [self._point(step) for step in STEPS]
@@ -72,9 +77,8 @@ class AlteredLatents:
     def _point(self, step: float) -> dict[str, float]:
         """Rate and distortion of one step."""
         mean, std = self._channels()
-        symbols = [_channels_first((z.double() - mean) / (std * step)).round() for _, _, z in self.batches]
-        by_channel = torch.cat(symbols, dim=1).numpy()  # (C, positions of all images)
-        bits = sum(entropy_bits(channel) for channel in by_channel) * by_channel.shape[1] / self.images
+        symbols = ((self._latents() - mean) / (std * step)).round().transpose(0, 1).flatten(1).numpy()  # (C, N * ...)
+        bits = sum(entropy_bits(channel) for channel in symbols) * symbols.shape[1] / len(self.kept)
 
         def rounded(z: Tensor) -> Tensor:
             return ((z.double() - mean) / (std * step)).round() * (std * step) + mean
@@ -96,26 +100,31 @@ class AlteredLatents:
                 return z.double() + noise * std * torch.randn(z.shape, generator=generator, dtype=torch.float64)
 
             curve.append({"noise": noise, "psnr": self._psnr(noisy)})
-        return {"images": self.images, "psnr_unaltered": unaltered, "curve": curve}
+        return {"images": len(self.kept), "psnr_unaltered": unaltered, "curve": curve}
 
     @property
     def _pixels(self) -> int:
-        return math.prod(self.batches[0][1].shape[-2:])
+        return math.prod(self.kept[0][2].shape[-2:])
+
+    def _latents(self) -> Tensor:
+        return torch.stack([z.double() for *_, z in self.kept])  # (N, C, ...)
 
     def _channels(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of every channel, in float64, shaped to stand beside latents."""
-        z = torch.cat([_channels_first(z.double()) for _, _, z in self.batches], dim=1)
-        shape = (-1, *[1] * (self.batches[0][2].ndim - 2))
-        return z.mean(1).view(shape), z.std(1).clamp(min=1e-12).view(shape)
+        """Mean and standard deviation of every channel, shaped to stand beside latents."""
+        z = self._latents()
+        by_channel = z.transpose(0, 1).flatten(1)  # (C, N * ...)
+        shape = (-1, *[1] * (z.ndim - 2))
+        return by_channel.mean(1).view(shape), by_channel.std(1).clamp(min=1e-12).view(shape)
 
     def _psnr(self, change: Callable[[Tensor], Tensor]) -> float:
         """Mean over images of what is decoded from changed latents; 100 dB for a perfect image."""
         values = []
-        for keys, originals, z in self.batches:
-            height, width = originals.shape[-2:]
-            latents = Latents(self.codec.normalise(change(z).to(self.codec.device, z.dtype)), height, width)
-            decoded = to_uint8(self.codec.decode(latents, generator=self.noise(keys))).cpu()
-            values += psnr(decoded, originals).clamp(max=PERFECT).tolist()
+        for start in range(0, len(self.kept), BATCH):
+            _, keys, pixels, latents = zip(*self.kept[start : start + BATCH])
+            originals, z = torch.stack(pixels), torch.stack(latents)
+            z = self.codec.normalise(change(z).to(self.codec.device, z.dtype))
+            decoded = self.codec.decode(Latents(z, *originals.shape[-2:]), generator=self.noise(list(keys)))
+            values += psnr(to_uint8(decoded).cpu(), originals).clamp(max=PERFECT).tolist()
         return float(np.mean(values))
 
 
@@ -127,7 +136,3 @@ def entropy_bits(symbols: np.ndarray) -> float:
     _, counts = np.unique(symbols, return_counts=True)
     share = counts / counts.sum()
     return float(-(share * np.log2(share)).sum() + (len(counts) - 1) / (2 * counts.sum() * math.log(2)))
-
-
-def _channels_first(z: Tensor) -> Tensor:
-    return z.transpose(0, 1).flatten(1)  # (B, C, ...) to (C, B * ...)

@@ -3,14 +3,16 @@
 import io
 import re
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from PIL import Image, features
 
 from latentae.errors import RequestError
 
 FORMATS = {"jpeg": (1, 100), "webp": (0, 100), "avif": (0, 100)}  # with the range of their quality
-OPTIONS = {"jpeg": {"optimize": True}, "webp": {"method": 6}, "avif": {}}
+OPTIONS: dict[str, dict[str, Any]] = {"jpeg": {"optimize": True}, "webp": {"method": 6}, "avif": {}}
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,8 @@ class ClassicalCodec:
 
     format: str
     quality: int
+    device: ClassVar[torch.device] = torch.device("cpu")
+    samples: ClassVar[bool] = False
 
     @property
     def name(self) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from latentae.bench.codecs import ClassicalCodec, classical_codec
 from latentae.bench.speed import count_gmac, count_parameters, device_name
 from latentae.codec import LatentCodec
 from latentae.errors import RequestError
@@ -21,20 +22,24 @@ class Contestant:
     """An opened model and its name."""
 
     name: str
-    model: nn.Module | LatentCodec
+    model: nn.Module | LatentCodec | ClassicalCodec
     device: torch.device
     dtype: torch.dtype
     steps: int | None = None
 
-    def codec(self) -> LatentCodec:
+    def codec(self) -> LatentCodec | ClassicalCodec:
         """The model on its device, decoding in ``steps``; a codec is otherwise taken as it is."""
         codec = self.model
+        if isinstance(codec, ClassicalCodec):
+            return codec
         if not isinstance(codec, LatentCodec):
             codec = LatentCodec(codec, device=self.device, dtype=self.dtype)
         return codec if self.steps is None else codec.with_inference_steps(self.steps)
 
     def identity(self) -> dict[str, Any]:
         """What tells this model from another of its name."""
+        if isinstance(self.model, ClassicalCodec):
+            return {"codec": self.model.name}
         inner = self.model.autoencoder if isinstance(self.model, LatentCodec) else self.model
         return {"weights_sha256": weights_hash(inner), "dtype": str(self.dtype), "steps": self.steps}
 
@@ -65,9 +70,12 @@ def open_contestants(
     for entry in models:
         name, model = entry if isinstance(entry, tuple) else (None, entry)
         if isinstance(model, str | Path):
-            name, model = name or str(model), load_model(model, random_weights=random_weights)
-        inner = model.autoencoder if isinstance(model, LatentCodec) else model
-        contestants.append(Contestant(name or type(inner).__name__, model, where, precision))
+            name = name or str(model)
+            opened: Any = classical_codec(str(model)) or load_model(model, random_weights=random_weights)
+        else:
+            opened = model
+        inner = opened.autoencoder if isinstance(opened, LatentCodec) else opened
+        contestants.append(Contestant(name or type(inner).__name__, opened, where, precision))
     if decode_steps:
         contestants = _by_steps(contestants, decode_steps)
     names = [contestant.name for contestant in contestants]
@@ -81,7 +89,9 @@ def _by_steps(contestants: list[Contestant], decode_steps: Sequence[int]) -> lis
     """Decoders that sample once for each number of steps, the others as they are."""
     found = []
     for contestant in contestants:
-        codec = contestant.model if isinstance(contestant.model, LatentCodec) else LatentCodec(contestant.model)
+        codec: Any = contestant.model
+        if not isinstance(codec, LatentCodec | ClassicalCodec):
+            codec = LatentCodec(codec)
         for steps in decode_steps if codec.samples else [None]:
             label = f", {steps} step{'s' * (steps != 1)}" if codec.samples and len(decode_steps) > 1 else ""
             if steps is not None:
@@ -92,11 +102,16 @@ def _by_steps(contestants: list[Contestant], decode_steps: Sequence[int]) -> lis
     return found
 
 
-def describe(codec: LatentCodec, size: int, seed: int) -> dict[str, Any]:
+def describe(codec: LatentCodec | ClassicalCodec, size: int, seed: int) -> dict[str, Any]:
     """What a model is, whatever the images are; arithmetic is counted for one image of ``size`` x ``size``.
 
     Where the decoder samples, ``decoding`` says in how many steps and from the noise of which seed, else it is None.
     """
+    if isinstance(codec, ClassicalCodec):
+        unknown = dict.fromkeys(("weights_sha256", "spatial_ratio", "latent_channels", "floats_per_pixel", "decoding"))
+        nothing: dict[str, Any] = {key: {} for key in ("normalisation", "parameters", "gmac")}
+        what = {"class": codec.format.upper(), "dtype": "uint8", "device": "cpu", "temporal_ratio": 1}
+        return {**what, **unknown, **nothing}
     autoencoder = codec.autoencoder
     precision = str(codec.autocast or codec.dtype).removeprefix("torch.")
     return {

@@ -1,10 +1,14 @@
 """One model's way through the images: encode, decode, and all that is counted on the way."""
 
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from latentae.bench.altered import AlteredLatents
 from latentae.bench.checkpoints import Checkpoints
+from latentae.bench.codecs import ClassicalCodec
 from latentae.bench.diagnostics import LatentDiagnostics
 from latentae.bench.equivariance import LatentEquivariance
 from latentae.bench.images import ImageFacts, ImageSet
@@ -16,6 +20,7 @@ from latentae.bench.samples import Samples
 from latentae.bench.state import dump_state, load_state, merge, merge_attributes, metrics_of
 from latentae.codec import LatentCodec
 from latentae.console import Progress
+from latentae.nn.pixels import to_float
 from latentae.store.decode import noise_generator
 from latentae.store.worker import key_generator
 
@@ -27,15 +32,34 @@ class Pass:
         index: which model it is.
         facts: of the images, which fill up on the way.
         quality: the metrics; rFID's originals are counted in the first pass only.
+        seed: of the noise from which a decoder that samples starts.
+        altered: on how many images to measure rate and robustness.
         equivariance: on how many images to measure it.
     """
 
-    def __init__(self, index: int, codec: LatentCodec, facts: ImageFacts, quality: Quality, equivariance: int):
+    def __init__(
+        self,
+        index: int,
+        codec: LatentCodec | ClassicalCodec,
+        facts: ImageFacts,
+        quality: Quality,
+        *,
+        seed: int,
+        altered: int,
+        equivariance: int,
+    ):
         self.index, self.next_batch = index, 0
         self.facts, self.quality = facts, quality
         self.measurement = Measurement(quality, device=pair_device(codec))
         self.statistics, self.diagnostics = LatentStatistics(), LatentDiagnostics()
-        self.equivariance = LatentEquivariance(codec, equivariance, quality) if equivariance else None
+        self.equivariance: LatentEquivariance | None = None
+        self.altered: AlteredLatents | None = None
+        self.file_sizes: FileSizes | None = None
+        if isinstance(codec, ClassicalCodec):
+            self.file_sizes = FileSizes()
+        else:
+            self.altered = AlteredLatents(codec, partial(_noise, seed), altered)
+            self.equivariance = LatentEquivariance(codec, equivariance, quality) if equivariance else None
 
     def take_originals(self, quality: Quality) -> None:
         """Continue with metrics that have seen the originals."""
@@ -47,15 +71,39 @@ class Pass:
 
     def results(self) -> dict[str, Any]:
         """All figures that come from the images."""
+        quality = self.measurement.results()
+        if self.file_sizes:
+            rate = self.file_sizes.rate(quality["metrics"])
+            return {**quality, "latents": {}, "rate": rate, "noise_robustness": None}
         figures = self.statistics.results() | self.diagnostics.results()
         if self.equivariance:
             figures |= self.equivariance.results()
-        return {**self.measurement.results(), "latents": figures}
+        assert self.altered is not None
+        return {**quality, "latents": figures, **self.altered.results()}
+
+
+class FileSizes:
+    """Bits and pixels of the files of a classical codec."""
+
+    def __init__(self) -> None:
+        self.bits = self.pixels = self.images = 0
+
+    def add(self, bits: int, pixels: int) -> None:
+        self.bits, self.pixels, self.images = self.bits + bits, self.pixels + pixels, self.images + 1
+
+    def merge(self, other: "FileSizes") -> None:
+        self.bits, self.pixels = self.bits + other.bits, self.pixels + other.pixels
+        self.images += other.images
+
+    def rate(self, metrics: dict[str, Any]) -> dict[str, Any] | None:
+        if not self.images:
+            return None
+        return {"images": self.images, "bits_per_pixel": self.bits / self.pixels, "psnr": metrics["psnr"]}
 
 
 def measure(
     name: str,
-    codec: LatentCodec,
+    codec: LatentCodec | ClassicalCodec,
     images: ImageSet,
     fresh: Pass,
     samples: Samples,
@@ -80,15 +128,20 @@ def measure(
     with Progress(name, len(images.items), done=done) as progress:
         for batch in images.batches(current.next_batch, processes.rank, processes.count):
             keys, originals = batch.keys, batch.pixels
-            latents = codec.encode(originals, sample=sample, generator=_generators(seed, keys))
-            noise: Any = [noise_generator(seed, key) for key in keys]
-            pixels = codec.decode(latents, generator=noise)  # (B, 3, size, size)
+            z: Tensor | None = None
+            if isinstance(codec, ClassicalCodec):
+                pixels = _through_files(codec, originals, current)
+            else:
+                latents = codec.encode(originals, sample=sample, generator=_generators(seed, keys))
+                pixels = codec.decode(latents, generator=_noise(seed, keys))  # (B, 3, size, size)
+                z = codec.denormalise(latents.tensor)
+                current.statistics.add(latents.posterior.sample(_generators(seed, keys)))
+                quantizer = getattr(codec.autoencoder, "quantize", None)
+                current.diagnostics.add(z, latents.posterior, batch.places, quantizer)
+                if current.altered:
+                    current.altered.add(batch.places, keys, originals, z)
             pair = Pair(pixels.to(device), originals.to(device), quantisation)
             current.measurement.add(batch.places, keys, pair)
-            z = codec.denormalise(latents.tensor)
-            current.statistics.add(latents.posterior.sample(_generators(seed, keys)))
-            quantizer = getattr(codec.autoencoder, "quantize", None)
-            current.diagnostics.add(z, latents.posterior, batch.places, quantizer)
             if current.equivariance:
                 current.equivariance.add(originals, batch.places)
             samples.save(fresh.index, keys, pair, z)
@@ -107,13 +160,28 @@ def measure(
     return current, parts[0] if parts else None
 
 
-def pair_device(codec: LatentCodec) -> torch.device:
+def _through_files(codec: ClassicalCodec, originals: Tensor, current: Pass) -> Tensor:
+    """What files keep of uint8 images (B, 3, H, W), as float pixels; counts their sizes."""
+    assert current.file_sizes is not None
+    images = []
+    for original in originals:
+        image, bits = codec.reconstruct(original.permute(1, 2, 0).numpy())
+        current.file_sizes.add(bits, image.shape[0] * image.shape[1])
+        images.append(torch.from_numpy(image).permute(2, 0, 1))
+    return to_float(torch.stack(images))
+
+
+def pair_device(codec: LatentCodec | ClassicalCodec) -> torch.device:
     """Where a model's pairs are compared: MPS has no float64."""
     return torch.device("cpu") if codec.device.type == "mps" else codec.device
 
 
 def _alone() -> bool:
     return False
+
+
+def _noise(seed: int, keys: list[str]) -> Any:
+    return [noise_generator(seed, key) for key in keys]
 
 
 def _generators(seed: int, keys: list[str]) -> Any:

@@ -64,6 +64,8 @@ def steps_label(model: dict[str, Any]) -> str:
 
 def shape_label(model: dict[str, Any]) -> str:
     """The field's shorthand, such as f32c32, or t4f8c16 with time."""
+    if model["spatial_ratio"] is None:  # a file
+        return "–"
     time = f"t{model['temporal_ratio']}" if model["temporal_ratio"] > 1 else ""
     return f"{time}f{model['spatial_ratio']}c{model['latent_channels']}"
 
@@ -115,9 +117,39 @@ def cost_conditions(results: dict[str, Any]) -> str:
     )
 
 
+RATE_HEADER = ("model", "floats / pixel", "bits / pixel", "PSNR with as many", "step")
+
+
+def rate_rows(models: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """How large latents and files are: the columns of `RATE_HEADER`."""
+    rows = []
+    for model in models:
+        rate = model.get("rate") or {}
+        floats, bits = model["floats_per_pixel"], rate.get("bits_per_pixel")
+        step = f"1/{1 / rate['step']:.0f} of a channel's std" if "step" in rate else "–"
+        rows.append(
+            [
+                model["name"],
+                "–" if floats is None else f"{floats:.4g}",
+                "–" if bits is None else three_figures(bits),
+                format_metric("psnr", rate.get("psnr")),
+                f"{rate['codes']} codes" if "codes" in rate else step,
+            ]
+        )
+    return rows
+
+
+def rate_conditions(models: Sequence[dict[str, Any]]) -> str:
+    """What the figures of `rate_rows` are."""
+    images = next((model["rate"]["images"] for model in models if "step" in (model.get("rate") or {})), None)
+    latents = f" of latents of {images} images, rounded to the step that costs at most 0.1 dB" if images else ""
+    return f"bits: empirical entropy, channel by channel,{latents}; of files all of their bytes."
+
+
 DIAGNOSTICS_HEADER = (
     "model",
     "energy from half Nyquist on",
+    "correlation of neighbours",
     "effective rank",
     "intrinsic dimension",
     "KL, nats / element",
@@ -130,12 +162,14 @@ def diagnostics_rows(models: Sequence[dict[str, Any]]) -> list[list[str]]:
     for model in models:
         latents = model["latents"]
         share = (latents.get("spectrum") or {}).get("high_frequency_share")
+        near = (latents.get("spatial_correlation") or {}).get("1")
         rank, kl = latents.get("effective_rank"), (latents.get("kl") or {}).get("kl")
         dimension = latents.get("intrinsic_dimension") or {}
         rows.append(
             [
                 model["name"],
                 "–" if share is None else f"{share:.1%}",
+                "–" if near is None else f"{near:.2f}",
                 "–" if rank is None else f"{rank:.1f} of {model['latent_channels']}",
                 "–" if dimension.get("two_nn") is None else f"{dimension['two_nn']:.1f} ({dimension['points']} images)",
                 "–" if kl is None else f"{kl:.3g}",
@@ -168,12 +202,17 @@ def summarise(results: dict[str, Any]) -> str:
         ]
         rows.append(row + ["–"] * (len(header) - len(row)))
     protocol, versions = results["protocol"], results["versions"]
-    shown = ["size", "crop", "encode", "dtype", "quantisation", *metrics]
-    foot = [f"protocol {results['protocol_sha256'][:12]}: {protocol['images']} images of {protocol['size']} px"]
-    foot += [f"  {name}: {protocol[name]}" for name in shown if name != "size"]
+    shown = ["crop", "range", "encode", "dtype", "quantisation", *metrics, "remark"]
+    foot = [
+        f"protocol {protocol['preset']} ({protocol['of']}), {results['protocol_sha256'][:12]}: {protocol['images']} "
+        f"images of {protocol['size']} px"
+    ]
+    foot += [f"  {name}: {protocol[name]}" for name in shown if name in protocol]
     if sampled:
         foot.append(f"  decoders that sample: from noise seeded by {sampled[0]['seed']} and the image's name")
     foot += ["versions: " + ", ".join(f"{name} {version}" for name, version in versions.items() if version)]
     cost = [format_table(list(COST_HEADER), cost_rows(results)), cost_conditions(results)]
     latents = format_table(list(DIAGNOSTICS_HEADER), diagnostics_rows(results["models"]))
-    return "\n".join([format_table(header, rows), "", *cost, "", latents, "", *foot])
+    models = [model for model in results["models"] if model.get("rate")]
+    size = [format_table(list(RATE_HEADER), rate_rows(models)), rate_conditions(models), ""] if models else []
+    return "\n".join([format_table(header, rows), "", *size, *cost, "", latents, "", *foot])

@@ -33,8 +33,8 @@ class Samples:
         indices = np.linspace(0, len(images.items) - 1, count).round().astype(int)
         self.chosen = {images.items[i].key: place for place, i in enumerate(indices)}
 
-    def save(self, model: int, keys: list[str], pair: Pair, latents: Tensor) -> None:
-        """Save those of a batch that were chosen: their uint8 pairs and raw latents (B, C, ...)."""
+    def save(self, model: int, keys: list[str], pair: Pair, latents: Tensor | None) -> None:
+        """Save those of a batch that were chosen: their uint8 pairs and raw latents (B, C, ...), if there are any."""
         reconstructions, originals = pair.uint8
         for i, key in enumerate(keys):
             if key not in self.chosen:
@@ -43,7 +43,8 @@ class Samples:
             if model == 0:
                 self._write(self._input(key), _as_image(originals[i]))
             self._write(files["reconstruction"], _as_image(reconstructions[i]))
-            self._write(files["latents"], latent_tiles(latents[i]))
+            tiles = np.zeros((1, 1, 2), np.uint8) if latents is None else latent_tiles(latents[i])
+            self._write(files["latents"], tiles)
 
     def rows(self, models: int, bad: Collection[str] = ()) -> list[dict[str, Any]]:
         """What was saved, for ``results.json``: paths are relative to the folder, never with names of images or models.

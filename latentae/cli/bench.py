@@ -10,7 +10,8 @@ dimension and KL divergence from N(0, 1).
   latentae bench photos/ --model before=runs/a --model after=runs/b --size 512 --limit 100
   torchrun --nproc_per_node 2 -m latentae bench photos/ --model runs/my-run --out report/
 
-A model is a folder, a run of 'latentae fit', a checkpoint, a hub id or a preset; NAME=MODEL gives it a name. The table
+A model is a folder, a run of 'latentae fit', a checkpoint, a hub id or a preset; NAME=MODEL gives it a name.
+jpeg:75, webp:80 and avif:60 are files of that quality, as reference points. The table
 goes to standard output; --out writes results.json, report.html (opens offline) and the images that it shows. If it is
 killed, the same command continues from OUT/progress; under torchrun several processes share the images.
 """
@@ -69,6 +70,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="encode to a sample of the posterior instead of its mode, as vavae and eqvae do anyway",
     )
+    parser.add_argument(
+        "--rate-images",
+        type=int,
+        metavar="N",
+        help="images on which to measure the bits of the latents and how robust they are, each decoded nine times "
+        "more; 0 for none (default: 32 on a GPU, 8 elsewhere)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of --sample and of decoders that draw noise (default: 0)")
     parser.add_argument(
         "--decode-steps",
@@ -99,6 +107,7 @@ def run(args: argparse.Namespace) -> int:
         protocol=args.protocol,
         fid_reference=args.fid_reference,
         sample=args.sample or None,
+        rate_images=args.rate_images,
         seed=args.seed,
         batch_size=args.batch_size,
         device=args.device,

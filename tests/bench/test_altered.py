@@ -68,11 +68,12 @@ def test_few_samples_are_corrected_upwards():
     assert entropy_bits(np.zeros(10)) == 0
 
 
-def measured(codec, originals, **options):
-    altered = AlteredLatents(codec, no_noise, **options)
-    for i, batch in enumerate(originals.split(2)):
-        posterior = codec.encode(batch).posterior
-        altered.add([f"{i}-{j}" for j in range(len(batch))], batch, posterior.mode())
+def measured(codec, originals, count=32):
+    altered = AlteredLatents(codec, no_noise, count)
+    for start in range(0, len(originals), 2):
+        batch = originals[start : start + 2]
+        places = range(start, start + len(batch))
+        altered.add(places, [str(place) for place in places], batch, codec.encode(batch).posterior.mode())
     return altered.results()["rate"]
 
 
@@ -138,9 +139,22 @@ def test_only_so_many_images_and_none_with_nan():
     codec = LatentCodec(Averages())
     originals = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8)
     assert measured(codec, originals, count=3)["images"] == 3
-    rate = AlteredLatents(codec, no_noise)
-    rate.add(["a"], originals[:1], torch.full((1, 3, 4, 4), math.nan))
+    rate = AlteredLatents(codec, no_noise, 32)
+    rate.add([0], ["a"], originals[:1], torch.full((1, 3, 4, 4), math.nan))
     assert rate.results() == {"rate": None, "noise_robustness": None}
+
+
+def test_processes_together_keep_the_first_images():
+    codec = LatentCodec(Averages())
+    originals = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8)
+    z = codec.encode(originals).posterior.mode()
+    parts = [AlteredLatents(codec, no_noise, 3) for _ in range(2)]
+    for place in range(6):
+        part = parts[(place // 2) % 2]
+        part.add([place], [str(place)], originals[place : place + 1], z[place : place + 1])
+    parts[0].merge(parts[1])
+    assert [place for place, *_ in parts[0].kept] == [0, 1, 2]
+    assert parts[0].results()["rate"] == measured(codec, originals, count=3)
 
 
 def test_noise_on_latents_in_closed_form():
@@ -149,8 +163,8 @@ def test_noise_on_latents_in_closed_form():
     originals = (127 + 20 * torch.randn(4, 3, 32, 32, generator=rng)).clamp(0, 255).to(torch.uint8)
     originals = originals.repeat_interleave(2, 2).repeat_interleave(2, 3)
     codec = LatentCodec(Averages())
-    altered = AlteredLatents(codec, no_noise)
-    altered.add(["a", "b", "c", "d"], originals, codec.encode(originals).posterior.mode())
+    altered = AlteredLatents(codec, no_noise, 32)
+    altered.add(range(4), ["a", "b", "c", "d"], originals, codec.encode(originals).posterior.mode())
     found = altered.results()["noise_robustness"]
     assert found["psnr_unaltered"] == 100.0
     for point in found["curve"]:

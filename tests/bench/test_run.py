@@ -1,5 +1,6 @@
 """The benchmark end to end: its figures are those of scikit-image and others on the very same reconstructions."""
 
+import io
 import json
 from dataclasses import replace
 from functools import partial
@@ -556,3 +557,31 @@ def test_r_rfid_is_measured_where_rfid_is(photo_folder, tmp_path, monkeypatch):
     assert "at least two images" in alone["models"][0]["latents"]["equivariance"]["rfid_skipped"]
     unasked = bench(photo_folder, [autoencoder], size=64, equivariance=2, speed=False, metrics=["psnr"])
     assert "not asked for" in unasked["models"][0]["latents"]["equivariance"]["rfid_skipped"]
+
+
+def test_bits_of_models_and_files_stand_side_by_side(photo_folder, tmp_path):
+    results = bench(photo_folder, ["dc-ae-tiny", "jpeg:75", ("small", "webp:30")], out=tmp_path, size=64, speed=False)
+    ours, jpeg, webp = results["models"]
+    assert [model["name"] for model in results["models"]] == ["dc-ae-tiny", "jpeg:75", "small"]
+    assert 0 < ours["rate"]["bits_per_pixel"] < 32 * ours["floats_per_pixel"]
+    assert ours["rate"]["images"] == 6
+    assert [point["noise"] for point in ours["noise_robustness"]["curve"]] == [0.1, 0.2, 0.4]
+    assert jpeg["class"] == "JPEG"
+    assert jpeg["rate"]["psnr"] == jpeg["metrics"]["psnr"]
+    files = []
+    for row in results["samples"]:
+        stream = io.BytesIO()
+        original = Image.open(tmp_path / row["input"])
+        original.save(stream, "jpeg", quality=75, optimize=True)
+        files.append(len(stream.getvalue()))
+        saved = Image.open(tmp_path / row["models"][1]["reconstruction"])
+        assert np.array_equal(np.array(saved), np.array(Image.open(stream)))
+    assert jpeg["rate"]["bits_per_pixel"] == pytest.approx(8 * sum(files) / (6 * 64**2))
+    assert webp["rate"]["bits_per_pixel"] < jpeg["rate"]["bits_per_pixel"]
+    assert "1/" in summarise(results)
+
+
+def test_rates_can_be_left_out(photo_folder):
+    (model,) = bench(photo_folder, ["dc-ae-tiny"], size=64, speed=False, rate_images=0)["models"]
+    assert model["rate"] is None
+    assert model["noise_robustness"] is None

@@ -13,7 +13,7 @@ from latentae.errors import RequestError
 from latentae.families.base import Autoencoder
 from latentae.files import read_json, write_json
 from latentae.loading.card import write_card
-from latentae.loading.flattening import flatten
+from latentae.loading.flattening import with_saving
 from latentae.nn.padding import padding_mode, set_padding_mode
 
 STOCK_CLASS = {"DCAE": "AutoencoderDC"}  # what stock diffusers calls a family of ours
@@ -63,7 +63,7 @@ def export_with_code(autoencoder: Autoencoder, folder: str | Path) -> Path:
         )
     code = Path(folder, f"modeling_{cls.__name__.lower()}.py")
     _save(autoencoder, Path(folder), {"auto_map": {"AutoModel": f"{code.stem}.{cls.__name__}"}})
-    code.write_text(flatten(cls), encoding="utf-8")
+    code.write_text(with_saving(cls), encoding="utf-8")
     write_card(autoencoder, Path(folder), cls.__name__, code.name)
     return code
 

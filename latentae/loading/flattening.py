@@ -24,6 +24,24 @@ One file that needs diffusers and not latentae, written by ``latentae export --w
 {version} (Apache License 2.0); the comments name them.
 """'''
 
+SAVING = '''
+
+def _save_with_code(self, save_directory, **options):
+    """As diffusers writes a configuration, with this file beside it, for the folder would not open without."""
+    import json
+    import shutil
+    from pathlib import Path
+
+    super({name}, self).save_config(save_directory, **options)
+    path = Path(save_directory, "config.json")
+    config = {{**json.loads(path.read_text()), "auto_map": {{"AutoModel": f"{{Path(__file__).stem}}.{name}"}}}}
+    path.write_text(json.dumps(config, indent=2) + "\\n")
+    shutil.copy(__file__, save_directory)
+
+
+{name}.save_config = _save_with_code
+'''
+
 
 @dataclass
 class Module:
@@ -73,6 +91,11 @@ def flatten(cls: type) -> str:
         raise ValueError(f"{clash[0]} of {owners[clash[0]]} is imported from elsewhere in another module: rename one.")
     header = HEADER.format(docstring=modules[home].docstring, version=__version__)
     return "\n".join([header, "", *_import_lines(imports), ""]) + "\n" + "\n\n".join(sections)
+
+
+def with_saving(cls: type) -> str:
+    """`flatten`, and a method that saves the file with the model, which diffusers alone would lose."""
+    return flatten(cls) + SAVING.format(name=cls.__name__)
 
 
 def _read(name: str, modules: dict[str, Module]) -> None:

@@ -104,6 +104,30 @@ def test_code_of_a_diffusion_decoder_beside_the_package_itself(name, randomise, 
     torch._dynamo.reset()
 
 
+SAVE_AGAIN = """
+import sys
+sys.modules["latentae"] = None
+from diffusers import AutoModel
+first = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
+first.save_pretrained(sys.argv[2])
+second = AutoModel.from_pretrained(sys.argv[2], trust_remote_code=True)
+assert all((a == b).all() for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
+assert {**first.config, "_name_or_path": ""} == {**second.config, "_name_or_path": ""}
+"""
+
+
+def test_what_diffusers_saves_again_keeps_its_code(randomise, tmp_path, monkeypatch):
+    code = export_with_code(randomise(latentae.create("litevae-tiny")), tmp_path / "exported")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folders = [str(tmp_path / "exported"), str(tmp_path / "again")]
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", SAVE_AGAIN, *folders], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "again" / code.name).read_text() == code.read_text()
+    assert type(load(tmp_path / "again")) is latentae.LiteVAE
+
+
 def test_without_trust_diffusers_says_what_to_do(tiny_dcae, tmp_path):
     export_with_code(tiny_dcae, tmp_path)
     with pytest.raises(ValueError, match="Pass `trust_remote_code=True`"):

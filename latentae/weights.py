@@ -1,10 +1,14 @@
 """Weight files: where they are looked for, how they are checked, and how they are opened without running code.
 
-A perceptual or feature network is found by its official file name in ``$LATENTAE_WEIGHTS``, then in
-``$TORCH_HOME/hub/checkpoints``. Nothing is ever downloaded behind the user's back.
+A perceptual or feature network is found by its official file name in a folder given by hand (`weights_from`), then in
+``$LATENTAE_WEIGHTS``, then in ``$TORCH_HOME/hub/checkpoints``. Nothing is ever downloaded behind the user's back: see
+`latentae.bench.fetching` for those who ask.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,12 +61,27 @@ WEIGHT_FILES = {
 }
 
 
+_GIVEN: ContextVar[Path | None] = ContextVar("weights_from", default=None)
+
+
+@contextmanager
+def weights_from(folder: str | Path | None) -> Iterator[None]:
+    """Within it, look in ``folder`` first; None changes nothing."""
+    token = _GIVEN.set(Path(folder).expanduser() if folder else _GIVEN.get())
+    try:
+        yield
+    finally:
+        _GIVEN.reset(token)
+
+
 def search_folders() -> list[Path]:
     """The folders in which weight files are looked for, first match wins."""
     torch_home = os.environ.get("TORCH_HOME") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "torch"
     folders = [Path(torch_home).expanduser() / "hub" / "checkpoints"]
     if own := os.environ.get("LATENTAE_WEIGHTS"):
         folders.insert(0, Path(own).expanduser())
+    if given := _GIVEN.get():
+        folders.insert(0, given)
     return folders
 
 
@@ -92,7 +111,8 @@ def find_weight_file(name: str, path: str | Path | None = None, *, verify: bool 
             return candidate
     raise MissingWeights(
         f"{wanted.used_by} needs {wanted.name}, not found in {' or '.join(map(str, folders))}: fetch it with "
-        f"'curl -L --create-dirs -o {folders[0] / wanted.name} {wanted.url}', or {wanted.without}."
+        f"'curl -L --create-dirs -o {folders[0] / wanted.name} {wanted.url}' or by bench --fetch-weights, or "
+        f"{wanted.without}."
     )
 
 

@@ -4,13 +4,13 @@ They describe a latent space and do not judge it: studies disagree on which of t
 learns. All come from the latents that a benchmark encodes anyway.
 """
 
-import html
 import math
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
+from latentae.bench.plots import latent_structure
 from latentae.bench.report import Section
 from latentae.bench.results import DIAGNOSTICS_HEADER, diagnostics_rows
 from latentae.metrics.codebook import CodebookUsage, codes_of, indices_of
@@ -110,23 +110,18 @@ def _plain(value: Any) -> Any:
 
 def diagnostics_section(models: Sequence[dict[str, Any]]) -> Section:
     """The part of the report that shows them, without a verdict."""
-    curves = [
-        (model["name"], [(x, y) for x, y in zip(spectrum["frequency"], spectrum["density"]) if y])
-        for model in models
-        if (spectrum := model["latents"].get("spectrum"))
-    ]
     return Section(
         "What the latents are like",
         "A description, not a verdict: no model is better by one of these alone. Energy from half Nyquist on: how "
         "much of the variation within an image is fine detail; 80 % of white noise, less of smooth latents; the "
-        "curve shows all frequencies, flat at 1 for white noise. Effective rank: how many independent channels "
-        "carry the variance. Intrinsic dimension: how many numbers tell the latents of one image from those of its "
-        "neighbours (TwoNN on whole latents); it grows with the number of images, so compare only equal numbers. "
-        "KL: nats per latent element between the posterior and N(0, 1), at least what the latents tell about the "
-        "image; none of a deterministic encoder.",
+        "curves show all frequencies, flat at 1 for white noise, and how alike neighbours are. Effective rank: how "
+        "many independent channels carry the variance. Intrinsic dimension: how many numbers tell the latents of one "
+        "image from those of its neighbours (TwoNN on whole latents); it grows with the number of images, so compare "
+        "only equal numbers. KL: nats per latent element between the posterior and N(0, 1), at least what the latents "
+        "tell about the image; none of a deterministic encoder.",
         DIAGNOSTICS_HEADER,
         diagnostics_rows(models),
-        drawing=spectrum_drawing(curves) if any(points for _, points in curves) else "",
+        plots=latent_structure(models),
     )
 
 
@@ -146,40 +141,3 @@ def codebook_section(models: Sequence[dict[str, Any]]) -> Section:
         ("model", "codes", "bits / position", "bits / pixel", "used", "perplexity"),
         rows,
     )
-
-
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 640, 300, 64, 40, 12
-FURTHEST = 1.5  # of the axis of frequencies
-
-
-def spectrum_drawing(curves: Sequence[tuple[str, Sequence[tuple[float, float]]]]) -> str:
-    """Curves of (frequency in units of Nyquist, density) as SVG, the density on a logarithmic axis."""
-    densities = [density for _, points in curves for _, density in points] + [1.0]
-    low, high = math.floor(math.log10(min(densities))), math.ceil(math.log10(max(densities)) + 1e-9)
-    high = max(high, low + 1)
-
-    def x(frequency: float) -> float:
-        return LEFT + frequency / FURTHEST * (WIDTH - LEFT - 10)
-
-    def y(density: float) -> float:
-        return TOP + (high - math.log10(density)) / (high - low) * (HEIGHT - TOP - BOTTOM)
-
-    parts = [f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT + 20 * len(curves)}" role="img" aria-label="spectrum">']
-    for exponent in range(low, high + 1):
-        dashed = ' class="dashed"' if exponent == 0 else ""
-        at = f"{y(10.0**exponent):.1f}"
-        parts.append(f'<line{dashed} x1="{LEFT}" x2="{WIDTH - 10}" y1="{at}" y2="{at}"/>')
-        parts.append(f'<text class="right" x="{LEFT - 8}" y="{at}" dy="4">{10.0**exponent:g}</text>')
-    for frequency in (0, 0.5, 1, 1.5):
-        parts.append(f'<text class="middle" x="{x(frequency):.1f}" y="{HEIGHT - BOTTOM + 16}">{frequency:g}</text>')
-    middle = x(FURTHEST / 2)
-    axis = "density of energy over radial frequency, in units of the Nyquist frequency"
-    parts.append(f'<text class="middle" x="{middle:.1f}" y="{HEIGHT - 6}">{axis}</text>')
-    for i, (name, points) in enumerate(curves):
-        hue = f"hsl({(205 + 137.5 * i) % 360:.0f} 60% 50%)"  # by the golden angle, so that neighbours differ
-        line = " ".join(f"{x(frequency):.1f},{y(density):.1f}" for frequency, density in points)
-        parts.append(f'<polyline points="{line}" stroke="{hue}"/>')
-        top = HEIGHT + 20 * i + 10
-        parts.append(f'<polyline points="{LEFT},{top} {LEFT + 24},{top}" stroke="{hue}"/>')
-        parts.append(f'<text x="{LEFT + 32}" y="{top}" dy="4">{html.escape(name)}</text>')
-    return "\n".join([*parts, "</svg>"])

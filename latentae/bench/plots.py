@@ -4,7 +4,7 @@ Every model has the same colour and mark in all plots; classical codecs are grey
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -106,6 +106,7 @@ class Plot:
     x: Axis
     y: Axis
     series: Sequence[Series]
+    level: float | None = None  # of y, marked across
 
     @classmethod
     def of(
@@ -115,17 +116,20 @@ class Plot:
         x: str,
         y: str,
         *,
-        logarithmic: bool = False,
+        logarithmic: str = "",
         downwards: bool = False,
+        level: float | None = None,
     ) -> "Plot":
-        """Place series on axes called ``x``, with a logarithmic scale if wanted, and ``y``, which may point down."""
+        """Place series on axes called ``x`` and ``y``, which may point down; one may be ``logarithmic``, x or y."""
         points = [point for one in series for point in one.points]
+        levels = [] if level is None else [level]
         vertical = (FRAME["top"], FRAME["bottom"]) if downwards else (FRAME["bottom"], FRAME["top"])
         return cls(
             title,
-            Axis.around([p.x for p in points], x, FRAME["left"], FRAME["right"], logarithmic),
-            Axis.around([p.y for p in points], y, *vertical),
+            Axis.around([p.x for p in points], x, FRAME["left"], FRAME["right"], logarithmic == "x"),
+            Axis.around([p.y for p in points] + levels, y, *vertical, logarithmic == "y"),
             series,
+            level,
         )
 
     def line(self, series: Series) -> str:
@@ -171,7 +175,7 @@ def rate_distortion(models: Sequence[dict[str, Any]]) -> Plot | None:
     series = [Series(name, of_models[name], sorted(found, key=lambda p: p.x)) for name, found in points.items()]
     if not series:
         return None
-    return Plot.of("Rate and distortion", series, "bits per pixel", "PSNR, dB", logarithmic=True)
+    return Plot.of("Rate and distortion", series, "bits per pixel", "PSNR, dB", logarithmic="x")
 
 
 def cost_quality(models: Sequence[dict[str, Any]]) -> list[Plot]:
@@ -193,32 +197,57 @@ def cost_quality(models: Sequence[dict[str, Any]]) -> list[Plot]:
             name = LABELS[metric]
             axes = (f"{label}, encode + decode", f"{name}{unit}")
             title = f"{name} over {label.split()[0].replace('ms', 'time')}"
-            plots.append(Plot.of(title, series, *axes, logarithmic=True, downwards=metric == "rfid"))
+            plots.append(Plot.of(title, series, *axes, logarithmic="x", downwards=metric == "rfid"))
     return plots
 
 
 def noise_robustness(models: Sequence[dict[str, Any]]) -> Plot | None:
     """PSNR of what is decoded from noisy latents; None where it was not measured."""
+    curves = [[(p["noise"], p["psnr"]) for p in (m.get("noise_robustness") or {}).get("curve", [])] for m in models]
+    series = _lines(models, curves, lambda noise, quality: f"{quality:.2f} dB at noise of {noise:g} std")
+    axes = ("std of the noise / std of the channel", "PSNR, dB")
+    return Plot.of("Noise in the latents", series, *axes) if series else None
+
+
+def latent_structure(models: Sequence[dict[str, Any]]) -> list[Plot]:
+    """Energy of latents over spatial frequency, and how alike neighbours are, as far as they were measured."""
+    spectra = [model["latents"].get("spectrum") or {"frequency": [], "density": []} for model in models]
+    curves = [list(zip(spectrum["frequency"], spectrum["density"])) for spectrum in spectra]
+    alike = [model["latents"].get("spatial_correlation") or {} for model in models]
+    lags = [[(float(lag), value) for lag, value in correlation.items()] for correlation in alike]
+    energy = _lines(models, curves, lambda frequency, density: f"{density:.3g} at {frequency:.2f} of Nyquist", log=True)
+    correlated = _lines(models, lags, lambda lag, value: f"{value:.3f} at {lag:g} positions")
+    plots = []
+    if energy:
+        axes = ("radial frequency / Nyquist frequency", "energy density")
+        plots.append(Plot.of("Spectrum of the latents", energy, *axes, logarithmic="y", level=1.0))
+    if correlated:
+        axes = ("positions apart", "correlation")
+        plots.append(Plot.of("Correlation of neighbours", correlated, *axes, logarithmic="x", level=0.0))
+    return plots
+
+
+def _lines(
+    models: Sequence[dict[str, Any]],
+    curves: Sequence[Sequence[tuple[float, float | None]]],
+    text: Callable[[float, float], str],
+    log: bool = False,
+) -> list[Series]:
+    """A line for each model whose curve has values, positive ones where their logarithm is drawn."""
     of_models = looks(models)
     series = []
-    for model in models:
-        curve = (model.get("noise_robustness") or {}).get("curve") or []
-        points = [
-            Point(p["noise"], p["psnr"], f"{model['name']}: {p['psnr']:.2f} dB at noise of {p['noise']:g} std")
-            for p in curve
-            if p.get("psnr") is not None
-        ]
+    for model, curve in zip(models, curves):
+        usable = [(x, y) for x, y in curve if y is not None and (y > 0 or not log)]
+        points = [Point(x, y, f"{model['name']}: {text(x, y)}", chosen=False) for x, y in usable]
         if points:
             series.append(Series(model["name"], of_models[_group(model)], points))
-    if not series:
-        return None
-    return Plot.of("Noise in the latents", series, "std of the noise / std of the channel", "PSNR, dB")
+    return series
 
 
 def _group(model: dict[str, Any]) -> str:
     """The series of a model: qualities of one classical format stand together."""
-    format = model["name"].split(":")[0]
-    return format.upper() if is_reference(model) and format in FORMATS else model["name"]
+    is_file = is_reference(model) and str(model.get("class")).lower() in FORMATS
+    return model["class"] if is_file else model["name"]
 
 
 def _gmac(model: dict[str, Any]) -> float | None:

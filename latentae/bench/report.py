@@ -15,23 +15,30 @@ import numpy as np
 from PIL import Image
 
 from latentae.bench.altered import ALLOWED_LOSS
-from latentae.bench.plots import FRAME, MARKS, cost_quality, is_reference, legend, noise_robustness, rate_distortion
+from latentae.bench.plots import (
+    FRAME,
+    MARKS,
+    Plot,
+    cost_quality,
+    is_reference,
+    legend,
+    noise_robustness,
+    rate_distortion,
+)
 from latentae.bench.quality import HIGHER_IS_BETTER, METRICS
 from latentae.bench.results import COST_HEADER, DIGITS, LABELS, cost_conditions, cost_rows, format_metric
 from latentae.bench.tables import conditions, latent_statistics, results_table
 from latentae.errors import MissingExtra
 from latentae.files import atomic_write
 
-KINDS = ("reconstruction", "latents")
 PROTOCOL_LABELS = {"images_sha256": "hash of the images", "dtype": "precision", **LABELS}
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part that a caller adds to the report: a title, then whichever of text, table, drawing and images it has.
+    """A part that a caller adds to the report: a title, then whichever of text, table, plots and images it has.
 
-    ``rows`` are table rows with ``header`` above them; ``images`` are pairs of a caption and a uint8 array (H, W, 3);
-    ``drawing`` is SVG, put in as it is: whoever draws it escapes names.
+    ``rows`` are table rows with ``header`` above them; ``images`` are pairs of a caption and a uint8 array (H, W, 3).
     """
 
     title: str
@@ -39,7 +46,7 @@ class Section:
     header: Sequence[str] = ()
     rows: Sequence[Sequence[object]] = ()
     images: Sequence[tuple[str, np.ndarray]] = field(default=(), repr=False)
-    drawing: str = field(default="", repr=False)
+    plots: Sequence[Plot] = ()
 
 
 def write_report(results: dict[str, Any], path: str | Path, extra_sections: Sequence[Section] = ()) -> Path:
@@ -158,7 +165,8 @@ def _samples(results: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
                 "models": [
                     {
                         "name": model["name"],
-                        **{kind: _embed_file(folder / entry[kind]) if entry.get(kind) else "" for kind in KINDS},
+                        "reconstruction": _embed_file(folder / entry["reconstruction"]),
+                        "latents": "" if is_reference(model) else _embed_file(folder / entry["latents"]),
                     }
                     for model, entry in zip(results["models"], sample["models"])
                 ],

@@ -61,7 +61,7 @@ def latent_statistics(results: dict[str, Any]) -> list[list[str]]:
 def conditions(model: dict[str, Any]) -> str:
     """What a reader must know of one model's figures: its weights, and how it was timed and counted."""
     if is_reference(model):
-        return "reference codec, without parameters"
+        return f"{model['class']} files, for reference"
     parts = [f"weights {model['weights_sha256'][:16]}"]
     if speed := model.get("speed"):
         threads = f" with {speed['threads']} threads" if speed.get("threads") else ""
@@ -90,7 +90,7 @@ def _rate(model: dict[str, Any]) -> dict[str, Any]:
 
 def _what_it_is(model: dict[str, Any]) -> str:
     if is_reference(model):
-        return "reference codec"
+        return f"{model['class']}, a reference"
     steps = f", {steps_label(model)}, seed {model['decoding']['seed']}" if model.get("decoding") else ""
     return f"{model['class']}, {model['dtype']}{steps}"
 

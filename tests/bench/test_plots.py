@@ -7,18 +7,36 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentae.bench.plots import Axis, cost_quality, legend, looks, noise_robustness, rate_distortion
+from latentae.bench.plots import Axis, cost_quality, latent_structure, legend, looks, noise_robustness, rate_distortion
 
 NUMBERS = st.floats(1e-4, 1e6)
 
 
 def autoencoder(name, **figures):
-    return {"name": name, "parameters": {"total": 10}, "metrics": {}, "gmac": {}, "speed": None, **figures}
+    return {
+        "name": name,
+        "latents": {},
+        "parameters": {"total": 10},
+        "metrics": {},
+        "gmac": {},
+        "speed": None,
+        **figures,
+    }
 
 
 def codec(name, bits, psnr):
     rate = {"bits_per_pixel": bits, "psnr": psnr}
-    return {"name": name, "parameters": {}, "metrics": {"psnr": psnr}, "gmac": {}, "speed": None, "rate": rate}
+    format = name.split(":")[0].upper()
+    return {
+        "name": name,
+        "class": format,
+        "latents": {},
+        "parameters": {},
+        "metrics": {"psnr": psnr},
+        "gmac": {},
+        "speed": None,
+        "rate": rate,
+    }
 
 
 CURVE = [
@@ -92,6 +110,20 @@ def test_what_was_not_measured_is_not_drawn():
     assert rate_distortion(models) is None
     assert noise_robustness(models) is None
     assert cost_quality(models) == []
+    assert latent_structure(models) == []
+
+
+def test_spectra_stand_on_a_logarithmic_scale_with_the_level_of_white_noise():
+    spectrum = {"frequency": [0.1, 0.5, 1.0, 1.4], "density": [100.0, 1.0, 0.001, None]}
+    correlation = {"1": 0.9, "2": 0.5, "4": None, "8": -0.1}
+    model = autoencoder("a", latents={"spectrum": spectrum, "spatial_correlation": correlation})
+    energy, correlated = latent_structure([autoencoder("b"), model])
+    (x0, y0), (x1, y1), (x2, y2) = (map(float, point.split(",")) for point in energy.line(energy.series[0]).split())
+    assert (y1 - y0) / 2 == pytest.approx((y2 - y1) / 3, abs=0.1)  # two decades down, then three
+    assert (x1 - x0) / 0.4 == pytest.approx((x2 - x1) / 0.5, abs=0.5)
+    assert energy.y.at(energy.level) == pytest.approx(y1, abs=0.1)
+    assert [(p.x, p.y) for p in correlated.series[0].points] == [(1, 0.9), (2, 0.5), (8, -0.1)]
+    assert correlated.y.low < correlated.level == 0 < correlated.y.high
 
 
 def test_cost_is_the_sum_of_both_halves():

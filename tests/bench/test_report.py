@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from latentae.bench.diagnostics import diagnostics_section
 from latentae.bench.report import Section, write_report
 from latentae.bench.results import read_results
 from latentae.bench.run import bench
@@ -95,6 +96,7 @@ def full_report(report):
         results["models"].append(
             {
                 "name": f"jpeg:{quality}",
+                "class": "JPEG",
                 "metrics": {"psnr": psnr},
                 "per_image": [{"key": row["key"], "psnr": psnr} for row in results["models"][0]["per_image"]],
                 "rate": {"bits_per_pixel": bits, "psnr": psnr},
@@ -104,7 +106,7 @@ def full_report(report):
                 "speed": None,
             }
         )
-    write_report(results, out / "report.html")
+    write_report(results, out / "report.html", [diagnostics_section(results["models"])])
     return results, out
 
 
@@ -192,6 +194,8 @@ def test_plots_show_every_model_and_name_it(full_report):
     assert set(plots) == {
         "Rate and distortion",
         "Noise in the latents",
+        "Spectrum of the latents",
+        "Correlation of neighbours",
         *(f"{quality} over {cost}" for quality in ("PSNR", "rFID") for cost in ("GMAC", "time")),
     }
     rate = Page(plots["Rate and distortion"])
@@ -211,7 +215,7 @@ def test_rates_stand_in_the_table_and_codecs_compete_with_nobody(full_report):
     rate, psnr, rfid = (next(i for i, t in enumerate(titles) if t.startswith(n)) for n in ("Bits", "PSNR", "rFID"))
     assert good[rate] == "0.817.00 dB"
     assert coarse[rate] == "0.325.00 dB"
-    assert fine[0] == "jpeg:90reference codec"
+    assert fine[0] == "jpeg:90JPEG, a reference"
     assert set(fine[rfid:]) == {"–"}
     assert (1, psnr) in page.best
     assert (1, rfid) in page.best

@@ -1,6 +1,6 @@
 """What the metrics of a benchmark cost beside the model.
 
-    python tools/metric_overhead.py [--model dc-ae-f8c16-small] [--images 16] [--size 256] [--batch 8] [--json FILE]
+    python tools/metric_overhead.py [--model sd-vae] [--images 4] [--size 256] [--batch 1] [--json FILE]
 
 Every batch goes through the model and back, then through each metric that needs no weights; seconds are sums over the
 batches, of CPU time with one thread and of wall time with more or on a GPU, the first batch left out as a warm-up. The
@@ -61,10 +61,10 @@ def measure(model: str, images: int, size: int, batch: int, device: str, dtype: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="dc-ae-f8c16-small")
-    parser.add_argument("--images", type=int, default=16)
+    parser.add_argument("--model", default="sd-vae")
+    parser.add_argument("--images", type=int, default=4)
     parser.add_argument("--size", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])

@@ -37,9 +37,16 @@ def frechet_distance(moments_1: tuple[int, Tensor, Tensor], moments_2: tuple[int
 
 def _root(covariance: Tensor, count: int) -> Tensor:
     """F with F F^T = C, (d, rank), from the eigenvectors of C; N images give at most rank N - 1."""
-    rank = min(count - 1, len(covariance))
+    dimension = len(covariance)
+    rank = min(count - 1, dimension)
+    basis = torch.eye(dimension, dtype=covariance.dtype)
+    if rank < dimension // 4:
+        # A few random combinations of its columns span all of C (Halko, Martinsson and Tropp 2011): a small problem.
+        probes = torch.randn(dimension, rank + 8, dtype=covariance.dtype, generator=torch.Generator().manual_seed(0))
+        basis = torch.linalg.qr(covariance @ probes)[0]
+        covariance = basis.T @ covariance @ basis
     values, vectors = torch.linalg.eigh(covariance)  # ascending
-    return vectors[:, -rank:] * values[-rank:].clamp(min=0).sqrt()
+    return basis @ vectors[:, -rank:] * values[-rank:].clamp(min=0).sqrt()
 
 
 class FrechetDistance(ExactSums):

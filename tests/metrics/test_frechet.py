@@ -81,7 +81,7 @@ def test_the_trace_is_that_of_the_matrix_square_root(count):
     )
 
 
-@pytest.mark.parametrize("count", [8, 13, 60])
+@pytest.mark.parametrize("count", [3, 8, 13, 60])
 def test_from_equal_statistics_it_is_that_of_50_digits(count):
     """With fewer images than features too, where the eigenvalues of C1 C2 are useless in float64."""
     generator = torch.Generator().manual_seed(count)
@@ -99,7 +99,7 @@ def test_from_equal_statistics_it_is_that_of_50_digits(count):
         squares = mpmath.fsum(mpmath.mpf(d) ** 2 for d in (mean_1 - mean_2).tolist())
         expected = float(squares + sum(c1[i, i] + c2[i, i] for i in range(12)) - 2 * cross)
     assert frechet_distance(*statistics) == pytest.approx(expected, rel=1e-6)
-    assert 1e-4 < expected < 1e-3 * float(sum(c1[i, i] for i in range(12)))  # a small difference of large traces
+    assert 1e-4 < expected < 1e-2 * float(sum(c1[i, i] for i in range(12)))  # a small difference of large traces
 
 
 @pytest.mark.slow

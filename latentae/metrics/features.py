@@ -14,7 +14,7 @@ from torch import Tensor
 from latentae.errors import RequestError
 from latentae.metrics.image import ExactSums
 
-SAMPLE_SIZE = 10_000  # images of each side: 82 MB of 2048 features
+SAMPLE_SIZE = 10_000  # images of each side: 82 MB of 2048 features, up to twice as much while they come in
 NEIGHBOURHOOD = 3
 ROWS_AT_A_TIME = 1024
 

@@ -58,7 +58,7 @@ class Checkpoints:
                 f"{self.folder} holds a benchmark that was not finished, of other {' and '.join(differences)}: repeat "
                 "that one to continue it, or remove the folder to start anew."
             )
-        finished = []
+        finished: list[dict[str, Any]] = []
         while (file := self._file(f"model-{len(finished)}.json")).exists():
             finished.append(read_json(file))
         return finished

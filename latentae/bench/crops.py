@@ -22,7 +22,7 @@ def pillow_center_crop(image: np.ndarray, size: int, resample: Image.Resampling)
     Returns:
         uint8 (size, size, 3).
     """
-    height, width = _resized(*image.shape[:2], size)
+    height, width = _resized(image, size)
     return _centre(np.asarray(Image.fromarray(image).resize((width, height), resample)), size)
 
 
@@ -54,13 +54,14 @@ def linear_center_crop(image: np.ndarray, size: int) -> np.ndarray:
 
 def _interpolated(image: np.ndarray, size: int, antialias: bool) -> np.ndarray:
     pixels: Tensor = to_tensor(image)[None].float()  # (1, 3, H, W)
-    shape = _resized(*image.shape[:2], size)
+    shape = _resized(image, size)
     pixels = F.interpolate(pixels, shape, mode="bilinear", align_corners=False, antialias=antialias)
     return _centre((pixels[0] + 0.5).clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy(), size)
 
 
-def _resized(height: int, width: int, size: int) -> tuple[int, int]:
-    """The shorter side becomes ``size``, the longer one is cut to whole pixels."""
+def _resized(image: np.ndarray, size: int) -> tuple[int, int]:
+    """Height and width when the shorter side has become ``size``; the longer one is cut to whole pixels."""
+    height, width = image.shape[:2]
     shorter = min(height, width)
     return size * height // shorter, size * width // shorter
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from http.client import HTTPException
 from pathlib import Path
 
+from latentae.bench.processes import is_alone
 from latentae.console import Progress, say
 from latentae.errors import MissingWeights, RequestError
 from latentae.files import atomic_write
@@ -23,6 +24,8 @@ def fetch_weights(metrics: Iterable[str]) -> None:
     Raises:
         RequestError: see `fetch_weight_file`.
     """
+    if not is_alone():
+        raise RequestError("--fetch-weights is for one process: fetch before torchrun starts several.")
     files = {NEEDS.get(metric) or ("inception" if metric in OF_INCEPTION else None) for metric in metrics}
     for name in sorted(file for file in files if file):
         fetch_weight_file(name)

@@ -110,7 +110,7 @@ class Preset:
 
 
 MEASURES = ("psnr", "ssim", "lpips_alex", "lpips_vgg", "dists", "rfid", "kid", "precision", "recall")
-VAVAE = dict(
+VAVAE: dict[str, Any] = dict(
     reports=("psnr", "ssim", "lpips_vgg", "rfid"),
     crop="tensor",
     encode="sample",

@@ -8,9 +8,14 @@ import torch
 import torch.distributed as dist
 
 
+def is_alone() -> bool:
+    """Whether nobody shares the work."""
+    return int(os.environ.get("WORLD_SIZE", "1")) == 1
+
+
 def is_first_process() -> bool:
     """Whether this process speaks for all."""
-    return int(os.environ.get("WORLD_SIZE", "1")) == 1 or os.environ.get("RANK", "0") == "0"
+    return is_alone() or os.environ.get("RANK", "0") == "0"
 
 
 class Processes:

@@ -15,12 +15,13 @@ from latentae.bench.contestants import Model, describe, open_contestants
 from latentae.bench.crops import CROPS
 from latentae.bench.diagnostics import codebook_section, diagnostics_section
 from latentae.bench.equivariance import equivariance_section
+from latentae.bench.fetching import fetch_weights as fetch
 from latentae.bench.images import ImageFacts, ImageSet
 from latentae.bench.measuring import Pass, measure
 from latentae.bench.presets import find_preset
 from latentae.bench.processes import Processes
 from latentae.bench.protocol import describe_machine, describe_protocol, versions
-from latentae.bench.quality import Quality
+from latentae.bench.quality import Quality, expand_metric_names
 from latentae.bench.report import Section, require_report, write_report
 from latentae.bench.results import SCHEMA, write_results
 from latentae.bench.samples import Samples
@@ -31,6 +32,7 @@ from latentae.data.sources import Source, open_source, refuse_output_in_input
 from latentae.errors import RequestError
 from latentae.files import sha256_json
 from latentae.store.worker import check_max_bad, refuse_too_many_bad
+from latentae.weights import weights_from
 
 SMALLEST_SIZE = 32  # what the perceptual networks and the SSIM window still take
 
@@ -45,6 +47,8 @@ def bench(
     metrics: Sequence[str] | None = None,
     protocol: str = "latentae",
     fid_reference: str | Path | None = None,
+    weights: str | Path | None = None,
+    fetch_weights: bool = False,
     sample: bool | None = None,
     seed: int = 0,
     batch_size: int = 8,
@@ -76,6 +80,8 @@ def bench(
             the reason.
         protocol: one of `latentae.bench.presets.PRESETS`: how papers crop, round and compare.
         fid_reference: npz file of the mean and the covariance of a reference set's features, for the metric ``fid``.
+        weights: folder in which the metrics' weight files are looked for first, see `latentae.weights`.
+        fetch_weights: download what the metrics need and is nowhere, into the first folder that is searched.
         sample: encode to a sample of the posterior instead of its mode; by default as the protocol says.
         seed: with the name of an image, the seed of its sample and of decoders that draw noise.
         device, dtype: where and in which precision models run, by default a GPU if there is one and float32; codecs
@@ -111,8 +117,8 @@ def bench(
         or min(equivariance, rate_images or 0) < 0
     ):
         raise RequestError(
-            f"bench got size {size}, batch_size {batch_size}, limit {limit}, equivariance {equivariance} and "
-            f"rate_images {rate_images}: the size must be at least {SMALLEST_SIZE}, the next two at least 1, the others at least 0."
+            f"bench got size {size}, batch_size {batch_size}, limit {limit}, equivariance {equivariance} and rate_images "
+            f"{rate_images}: the size must be at least {SMALLEST_SIZE}, the next two at least 1, the others at least 0."
         )
     check_max_bad(max_bad)
     folder = None if out is None else Path(out)
@@ -123,7 +129,10 @@ def bench(
     preset = find_preset(protocol)
     sample = preset.encode == "sample" if sample is None else sample
     images = ImageSet(source, source.items()[:limit], size, batch_size, workers, CROPS[preset.crop][0])
-    quality = Quality(metrics, size, preset, fid_reference)
+    with weights_from(weights):
+        if fetch_weights:
+            fetch(expand_metric_names(preset.reports if metrics is None else metrics))
+        quality = Quality(metrics, size, preset, fid_reference)
     contestants = open_contestants(
         models, device=device, dtype=dtype, random_weights=random_weights, decode_steps=decode_steps
     )
@@ -246,7 +255,8 @@ def _results(
 
 
 def _common(models: list[dict[str, Any]], key: str) -> str:
-    values = {model[key] for model in models}
+    """What all models have in common, classical codecs aside."""
+    values = {model[key] for model in models if model["weights_sha256"]} or {model[key] for model in models}
     return values.pop() if len(values) == 1 else "differs: see each model"
 
 

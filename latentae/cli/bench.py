@@ -9,6 +9,7 @@ dimension and KL divergence from N(0, 1).
   latentae bench photos/ --model runs/my-run --model stabilityai/sd-vae-ft-mse --out report/
   latentae bench photos/ --model before=runs/a --model after=runs/b --size 512 --limit 100
   torchrun --nproc_per_node 2 -m latentae bench photos/ --model runs/my-run --out report/
+  latentae bench --merge report-a/ report-b/ --out both/
 
 A model is a folder, a run of 'latentae fit', a checkpoint, a hub id or a preset; NAME=MODEL gives it a name.
 jpeg:75, webp:80 and avif:60 are files of that quality, as reference points. The table
@@ -18,18 +19,23 @@ killed, the same command continues from OUT/progress; under torchrun several pro
 
 import argparse
 import json
+from typing import Any
 
 from latentae.cli.encode import add_max_bad
+from latentae.errors import RequestError
 
 SUMMARY = "measure autoencoders by one stated protocol and write a report"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "src", metavar="SRC", help="images: a folder, a tar or parquet file, a csv, tsv or jsonl, or one image"
+        "src",
+        metavar="SRC",
+        nargs="?",
+        help="images: a folder, a tar or parquet file, a csv, tsv or jsonl, or one image",
     )
     parser.add_argument(
-        "--model", metavar="MODEL", action="append", required=True, help="what to measure; repeat for more"
+        "--model", metavar="MODEL", action="append", default=[], help="what to measure; repeat for more"
     )
     parser.add_argument("--out", metavar="DIR", help="write results.json, report.html and samples/ there")
     parser.add_argument("--size", type=int, default=256, help="side of the square crop in pixels (default: 256)")
@@ -89,14 +95,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--speed-batch-size", type=int, metavar="N", help="(default: --batch-size on a GPU, else 1)")
     parser.add_argument("--report-images", type=int, default=24, metavar="N", help="images in the report (default: 24)")
     parser.add_argument("--random-weights", action="store_true", help="allow a preset without its published weights")
+    parser.add_argument(
+        "--weights", metavar="DIR", help="where to look first for the weight files of metrics (see the README)"
+    )
+    parser.add_argument(
+        "--fetch-weights",
+        action="store_true",
+        help="download the weight files that the metrics need and that are nowhere yet, checked by their hashes",
+    )
+    parser.add_argument(
+        "--merge",
+        metavar="RESULTS",
+        nargs="+",
+        help="measure nothing: one table and report of the results.json files (or their folders) named here",
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="with --merge: even if they were measured by different protocols"
+    )
     parser.add_argument("--json", action="store_true", help="print results.json instead of the table")
 
 
 def run(args: argparse.Namespace) -> int:
+    from latentae.bench.merging import merge_results
     from latentae.bench.processes import is_first_process
-    from latentae.bench.results import summarise
     from latentae.bench.run import bench
 
+    if args.merge:
+        return _finish(args, merge_results([*args.merge], out=args.out, force=args.force))
+    if args.src is None or not args.model:
+        raise RequestError("bench needs images and at least one --model: latentae bench SRC --model MODEL.")
     results = bench(
         args.src,
         [name_and_model(text) for text in args.model],
@@ -106,6 +133,8 @@ def run(args: argparse.Namespace) -> int:
         metrics=None if args.metrics is None else [name.strip() for name in args.metrics.split(",") if name.strip()],
         protocol=args.protocol,
         fid_reference=args.fid_reference,
+        weights=args.weights,
+        fetch_weights=args.fetch_weights,
         sample=args.sample or None,
         rate_images=args.rate_images,
         seed=args.seed,
@@ -121,8 +150,12 @@ def run(args: argparse.Namespace) -> int:
         equivariance=args.equivariance,
         decode_steps=numbers(args.decode_steps or ""),
     )
-    if not is_first_process():
-        return 0
+    return _finish(args, results) if is_first_process() else 0
+
+
+def _finish(args: argparse.Namespace, results: dict[str, Any]) -> int:
+    from latentae.bench.results import summarise
+
     print(json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) if args.json else summarise(results))
     if args.out:
         from latentae.console import say

@@ -36,6 +36,7 @@ from latentae.training.callbacks import (
     BrokenImages,
     Checkpoints,
     ReconstructionImages,
+    Termination,
     TrainingProgress,
 )
 from latentae.training.config import check_keys, check_left_out, explain_value, merge, options, with_recipe_files
@@ -259,8 +260,9 @@ class CommandLine(LightningCLI):
         config = self.config_init.trainer
         if config.logger in (None, True):
             kwargs["logger"] = TensorBoardLogger(self.run_dir, name="tensorboard", version="")
+        kwargs["callbacks"] = [*(config.callbacks or []), BrokenImages(), Termination()]
         if config.enable_progress_bar is not False:
-            kwargs["callbacks"] = [*(config.callbacks or []), BrokenImages(), TrainingProgress()]
+            kwargs["callbacks"].append(TrainingProgress())
         if config.strategy == "auto" and str(config.devices) != "1":
             kwargs["strategy"] = "ddp_find_unused_parameters_true"  # each of the two passes uses one network only
         kwargs["plugins"] = [*(config.plugins or []), AtomicCheckpointIO()]

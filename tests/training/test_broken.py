@@ -48,7 +48,7 @@ def test_workers_that_each_meet_few_stop_together(runs, tmp_path):
         runs.trainer(tmp_path / "together", 10, BrokenImages()).fit(runs.module(), data_of(runs, path, max_bad=0.17))
 
 
-def command_of(tmp_path, path, *options):
+def command_of(tmp_path, path):
     recipe = {
         "model": {"autoencoder": {"preset": "dc-ae-tiny"}, "objective": {"l1": {"class_path": "L1"}}},
         "data": {"path": str(path), "size": 32, "batch_size": 2, "workers": 1, "val_fraction": 0.0},
@@ -56,7 +56,7 @@ def command_of(tmp_path, path, *options):
     }
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe))
     config = ["--config", str(tmp_path / "tiny.yaml"), "--run_dir", str(tmp_path / "run")]
-    return [sys.executable, "-m", "latentae", "fit", *config, *options]
+    return [sys.executable, "-m", "latentae", "fit", *config]
 
 
 def test_a_command_whose_workers_fail_ends_with_one_sentence(tmp_path):
@@ -66,13 +66,3 @@ def test_a_command_whose_workers_fail_ends_with_one_sentence(tmp_path):
     assert result.returncode == 3
     assert "Traceback" not in result.stderr
     assert result.stderr.count("error: ") == 1
-
-
-@pytest.mark.slow
-def test_ranks_that_fail_together_say_so_once(tmp_path):
-    path = write_tar(tmp_path / "x.tar", ())
-    diverge = ["--model.optimizer=AdamW", "--model.optimizer.lr=1e30", "--model.max_skipped_steps=2"]
-    command = command_of(tmp_path, path, "--trainer.devices=2", *diverge)
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert result.returncode == 3
-    assert result.stderr.count("steps in a row were not finite") == 1

@@ -4,5 +4,13 @@ from latentae.training.callbacks.broken import BrokenImages
 from latentae.training.callbacks.checkpoints import AtomicCheckpointIO, Checkpoints
 from latentae.training.callbacks.images import ReconstructionImages
 from latentae.training.callbacks.progress import TrainingProgress
+from latentae.training.callbacks.termination import Termination
 
-__all__ = ["AtomicCheckpointIO", "BrokenImages", "Checkpoints", "ReconstructionImages", "TrainingProgress"]
+__all__ = [
+    "AtomicCheckpointIO",
+    "BrokenImages",
+    "Checkpoints",
+    "ReconstructionImages",
+    "Termination",
+    "TrainingProgress",
+]

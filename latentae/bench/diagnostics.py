@@ -120,7 +120,7 @@ def diagnostics_section(models: Sequence[dict[str, Any]]) -> Section:
         "only equal numbers. KL: nats per latent element between the posterior and N(0, 1), at least what the latents "
         "tell about the image; none of a deterministic encoder.",
         DIAGNOSTICS_HEADER,
-        diagnostics_rows(models),
+        diagnostics_rows([model for model in models if model["latents"]]),
         plots=latent_structure(models),
     )
 

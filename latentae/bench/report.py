@@ -27,7 +27,7 @@ from latentae.bench.plots import (
 )
 from latentae.bench.quality import HIGHER_IS_BETTER, METRICS
 from latentae.bench.results import COST_HEADER, DIGITS, LABELS, cost_conditions, cost_rows, format_metric
-from latentae.bench.tables import conditions, latent_statistics, results_table
+from latentae.bench.tables import conditions, latent_statistics, results_table, worst_images
 from latentae.errors import MissingExtra
 from latentae.files import atomic_write
 
@@ -62,10 +62,11 @@ def write_report(results: dict[str, Any], path: str | Path, extra_sections: Sequ
     """
     environment = require_report()
     models = results["models"]
+    contestants = [model for model in models if not is_reference(model)]
     samples = _samples(results, Path(path).parent)
     page = environment.get_template("report.html").render(
         results=results,
-        devices=", ".join(dict.fromkeys(model["device"] for model in models if model.get("device"))) or "no device",
+        conditions=", ".join(dict.fromkeys([m["device"] for m in contestants] + [m["dtype"] for m in contestants])),
         table=results_table(results),
         plots={
             "rate": rate_distortion(models),
@@ -74,12 +75,18 @@ def write_report(results: dict[str, Any], path: str | Path, extra_sections: Sequ
             "noise": noise_robustness(models),
             "cost": cost_quality(models),
         },
-        cost={"header": COST_HEADER, "rows": cost_rows(results), "conditions": cost_conditions(results)},
+        cost={
+            "header": COST_HEADER,
+            "rows": cost_rows({**results, "models": contestants}),
+            "conditions": cost_conditions(results),
+        },
         statistics=latent_statistics(results),
-        protocol=[(PROTOCOL_LABELS.get(key, key), _plain(value)) for key, value in results["protocol"].items()],
-        conditions=[(model["name"], conditions(model)) for model in models],
+        protocols=_protocols(results),
+        conditions_of=[(model["name"], conditions(model)) for model in models],
         notes=_notes(results),
         samples=samples,
+        worst=worst_images(contestants),
+        machines=list(dict.fromkeys(_machine(part["machine"]) for part in results.get("merged") or [results])),
         viewer=_viewer(results, samples),
         sections=extra_sections,
     )
@@ -116,10 +123,27 @@ def _rate_images(models: list[dict[str, Any]]) -> str:
     return " to ".join(f"{count:,}" for count in sorted({min(counts), max(counts)})) if counts else ""
 
 
+def _protocols(results: dict[str, Any]) -> dict[str, list[tuple[str, str]]]:
+    """By its hash, every protocol that the results were measured by, in words; there are several only by force."""
+    return {
+        part["protocol_sha256"]: [(PROTOCOL_LABELS.get(k, k), _plain(value)) for k, value in part["protocol"].items()]
+        for part in results.get("merged") or [results]
+    }
+
+
+def _machine(machine: dict[str, Any]) -> str:
+    return ", ".join([machine["system"], f"{machine['threads']} threads", *filter(None, [machine.get("gpu")])])
+
+
 def _notes(results: dict[str, Any]) -> list[tuple[str, str]]:
     """What a reader must know to read the table right: pairs of a subject and a sentence."""
     models = results["models"]
     notes = _not_measured(models)
+    if len(_protocols(results)) > 1:
+        notes.insert(0, ("Different protocols", "These figures do not compare; none is marked as the best."))
+    machines = {_machine(part["machine"]) for part in results.get("merged", [])}
+    if len(machines) > 1:
+        notes.insert(0, ("Different machines", f"Times and memory do not compare: {'; '.join(sorted(machines))}."))
     for model in models:
         notes += [(model["name"], warning) for warning in model.get("warnings", [])]
         notes += [(f"{model['name']}: {image['key']} left out", image["reason"]) for image in model.get("failed", [])]

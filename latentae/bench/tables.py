@@ -58,6 +58,16 @@ def latent_statistics(results: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+def worst_images(models: list[dict[str, Any]], count: int = 10) -> list[tuple[str, str]]:
+    """The names of the images with the lowest PSNR of all that were measured, for each model."""
+    found = []
+    for model in models:
+        rows = [row for row in model.get("per_image", []) if row.get("psnr") is not None]
+        rows = sorted(rows, key=lambda row: row["psnr"])[:count]
+        found.append((model["name"], ", ".join(f"{row['key']} ({row['psnr']:.2f})" for row in rows)))
+    return found
+
+
 def conditions(model: dict[str, Any]) -> str:
     """What a reader must know of one model's figures: its weights, and how it was timed and counted."""
     if is_reference(model):
@@ -121,7 +131,9 @@ def _cell(text: str, note: str = "", best: bool = False) -> dict[str, Any]:
 
 
 def _best(models: list[dict[str, Any]], metric: str) -> float | None:
-    """The best value of the contestants, if there is more than one to choose from; codecs are no contestants."""
+    """The best value of the contestants, if there is more than one of one protocol; codecs are no contestants."""
+    if len({model.get("protocol_sha256") for model in models}) > 1:  # merged by force
+        return None
     values = [model["metrics"].get(metric) for model in models if not is_reference(model)]
     values = [value for value in values if value is not None]
     if len(values) < 2:

@@ -225,6 +225,44 @@ def test_rates_stand_in_the_table_and_codecs_compete_with_nobody(full_report):
     assert "it holds NaN" in page.text
 
 
+def test_codecs_have_no_rows_of_dashes_and_no_say_in_the_conditions(full_report):
+    page = Page((full_report[1] / "report.html").read_text())
+    names = [row[0].removesuffix("JPEG, a reference") for row in page.rows if row]
+    assert names.count("jpeg:90") == names.count("jpeg:10") == 1
+    assert "4 models,\n    cpu, float32 ·" in page.text
+
+
+def test_the_worst_of_all_images_are_named_if_not_all_are_shown(full_report):
+    results, out = full_report
+    assert "The worst of all" not in Page((out / "report.html").read_text()).text
+    results["samples"] = results["samples"][:3]
+    write_report(results, out / "report.html")
+    text = Page((out / "report.html").read_text()).text
+    assert "3 of 7 images" in text
+    assert "The worst of all 7 images" in text
+    figures = sorted((row["psnr"], row["key"]) for row in results["models"][1]["per_image"])
+    assert len(figures) == 6  # one failed
+    assert ", ".join(f"{key} ({psnr:.2f})" for psnr, key in figures) in text
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_merged_results_say_what_does_not_compare(report, same):
+    results, out = report
+    first = {key: results[key] for key in ("protocol", "protocol_sha256", "versions", "machine")}
+    other = first if same else {"protocol": {"crop": "another"}, "protocol_sha256": "f" * 64, "versions": {}}
+    other = {**other, "machine": first["machine"] if same else {"system": "Plan 9", "threads": 3, "gpu": "Voodoo"}}
+    results["merged"] = [{"source": "A", **first}, {"source": "B", **other}]
+    for model, part in zip(results["models"], results["merged"]):
+        model["protocol_sha256"] = part["protocol_sha256"]
+    write_report(results, out / "report.html")
+    page = Page((out / "report.html").read_text())
+    assert bool(page.best) == same
+    assert ("Different protocols" in page.text) == (not same)
+    assert ("; Plan 9, 3 threads, Voodoo" in page.text or "Plan 9, 3 threads, Voodoo; " in page.text) == (not same)
+    assert page.text.count("f" * 64) == page.text.count("another\n") == (not same)
+    assert page.text.count(results["protocol_sha256"]) == 1
+
+
 def test_a_reason_is_given_once_and_names_the_models_it_holds_for(full_report):
     results, out = full_report
     good, hostile = results["models"][:2]

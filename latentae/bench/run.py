@@ -117,7 +117,7 @@ def bench(
         or min(equivariance, rate_images or 0) < 0
     ):
         raise RequestError(
-            f"bench got size {size}, batch_size {batch_size}, limit {limit}, equivariance {equivariance} and rate_images "
+            f"bench got size {size}, batch_size {batch_size}, limit {limit}, equivariance {equivariance}, rate_images "
             f"{rate_images}: the size must be at least {SMALLEST_SIZE}, the next two at least 1, the others at least 0."
         )
     check_max_bad(max_bad)

@@ -10,6 +10,7 @@ dimension and KL divergence from N(0, 1).
   latentae bench photos/ --model before=runs/a --model after=runs/b --size 512 --limit 100
   torchrun --nproc_per_node 2 -m latentae bench photos/ --model runs/my-run --out report/
   latentae bench --merge report-a/ report-b/ --out both/
+  latentae bench imagenet/val --suite public --out leaderboard/
 
 A model is a folder, a run of 'latentae fit', a checkpoint, a hub id or a preset; NAME=MODEL gives it a name.
 jpeg:75, webp:80 and avif:60 are files of that quality, as reference points. The table
@@ -104,6 +105,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="download the weight files that the metrics need and that are nowhere yet, checked by their hashes",
     )
     parser.add_argument(
+        "--suite",
+        metavar="NAME",
+        help="'public': public autoencoders beside what their papers claim, each by its paper's protocol and size; "
+        "those that are on this machine are run on SRC, the others are listed; or a JSON file of that form",
+    )
+    parser.add_argument(
         "--merge",
         metavar="RESULTS",
         nargs="+",
@@ -119,19 +126,13 @@ def run(args: argparse.Namespace) -> int:
     from latentae.bench.merging import merge_results
     from latentae.bench.processes import is_first_process
     from latentae.bench.run import bench
+    from latentae.bench.suite import run_suite, summarise_suite
 
     if args.merge:
         return _finish(args, merge_results([*args.merge], out=args.out, force=args.force))
-    if args.src is None or not args.model:
-        raise RequestError("bench needs images and at least one --model: latentae bench SRC --model MODEL.")
-    results = bench(
-        args.src,
-        [name_and_model(text) for text in args.model],
-        out=args.out,
-        size=args.size,
+    options = dict(
         limit=args.limit,
         metrics=None if args.metrics is None else [name.strip() for name in args.metrics.split(",") if name.strip()],
-        protocol=args.protocol,
         fid_reference=args.fid_reference,
         weights=args.weights,
         fetch_weights=args.fetch_weights,
@@ -150,6 +151,18 @@ def run(args: argparse.Namespace) -> int:
         equivariance=args.equivariance,
         decode_steps=numbers(args.decode_steps or ""),
     )
+    if args.suite:
+        if args.model:
+            raise RequestError("--suite names its models itself: leave --model out.")
+        suite = run_suite(args.suite, args.src, out=args.out, **options)
+        if not is_first_process():
+            return 0
+        print(json.dumps(suite, indent=2, ensure_ascii=False, allow_nan=False) if args.json else summarise_suite(suite))
+        return 0
+    if args.src is None or not args.model:
+        raise RequestError("bench needs images and at least one --model: latentae bench SRC --model MODEL.")
+    models = [name_and_model(text) for text in args.model]
+    results = bench(args.src, models, out=args.out, size=args.size, protocol=args.protocol, **options)
     return _finish(args, results) if is_first_process() else 0
 
 

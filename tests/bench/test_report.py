@@ -480,8 +480,26 @@ def test_the_order_follows_the_metric_and_the_model(full_report, browser):
     select(browser, ".order", "")
     assert browser.evaluate(ORDER) == names
     select(browser, ".right-choice", "3")  # a codec has no latents to show
-    assert browser.evaluate("document.querySelector('.tiles img').hidden")
-    assert not browser.evaluate("document.querySelector('.difference img + img').hidden")
+    assert browser.evaluate("document.querySelector('.tiles img').getClientRects().length") == 0
+    assert browser.evaluate("document.querySelector('.difference img + img').getClientRects().length") == 1
+    assert browser.problems() == []
+
+
+@pytest.mark.slow
+def test_one_model_is_not_shown_twice_and_without_images_there_is_no_viewer(report, browser):
+    results, out = report
+    results["models"] = results["models"][:1]
+    for sample in results["samples"]:
+        sample["models"] = sample["models"][:1]
+    write_report(results, out / "report.html")
+    browser.open(out / "report.html")
+    assert browser.evaluate("document.querySelector('.models').getClientRects().length") == 0
+    browser.press("ArrowDown")
+    assert browser.evaluate("document.querySelector('.tag.right').textContent") == "good"
+    results["samples"] = []
+    write_report(results, out / "report.html")
+    browser.open(out / "report.html")
+    assert browser.evaluate("document.getElementById('viewer')") is None
     assert browser.problems() == []
 
 

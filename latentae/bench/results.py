@@ -102,6 +102,27 @@ def cost_rows(results: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+GRID_HEADER = ("model", "size", "dtype", "", "encode, ms / batch", "decode, ms / batch", "peak memory, GiB")
+
+
+def grid_rows(models: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Speed under other conditions: the columns of `GRID_HEADER`."""
+    rows = []
+    for model in models:
+        for row in model.get("speed_grid") or []:
+            halves = [row.get(half) or {} for half in ("encode", "decode")]
+            seconds = [half.get("seconds_per_batch") for half in halves]
+            memory = max((half["peak_memory_bytes"] for half in halves if half.get("peak_memory_bytes")), default=None)
+            figures = [*((value, 1e3) for value in seconds), (memory, 2**-30)]
+            rows.append(
+                [
+                    *(model["name"], str(row["size"]), row["dtype"], "compiled" if row["compiled"] else "eager"),
+                    *("–" if value is None else three_figures(value * k) for value, k in figures),
+                ]
+            )
+    return rows
+
+
 def cost_conditions(results: dict[str, Any]) -> str:
     """Under which conditions the figures of `cost_rows` were taken."""
     text = f"GMAC: multiply-accumulates of one {results['protocol']['size']} px image"
@@ -212,6 +233,8 @@ def summarise(results: dict[str, Any]) -> str:
         foot.append(f"  decoders that sample: from noise seeded by {sampled[0]['seed']} and the image's name")
     foot += ["versions: " + ", ".join(f"{name} {version}" for name, version in versions.items() if version)]
     cost = [format_table(list(COST_HEADER), cost_rows(results)), cost_conditions(results)]
+    if grid := grid_rows(results["models"]):
+        cost += ["", format_table(list(GRID_HEADER), grid)]
     latents = format_table(list(DIAGNOSTICS_HEADER), diagnostics_rows(results["models"]))
     models = [model for model in results["models"] if model.get("rate")]
     size = [format_table(list(RATE_HEADER), rate_rows(models)), rate_conditions(models), ""] if models else []

@@ -5,11 +5,13 @@ counted on fake tensors, which have shapes and no values.
 """
 
 import contextlib
+import copy
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from latentae.codec import LatentCodec
+from latentae.errors import RequestError
 from latentae.families.base import Autoencoder, count_halves
 
 WARM_UP = {"cpu": 1, "cuda": 10}
+DTYPES = ("float32", "bfloat16", "float16")
 ENOUGH_SECONDS = 20.0  # a slow model is measured fewer times, but at least three
 
 
@@ -62,6 +66,54 @@ def measure_speed(codec: LatentCodec, size: int, batch_size: int = 1, repeats: i
         "memory_is": "allocated on the device" if codec.device.type == "cuda" else "resident in the process",
         **timed,
     }
+
+
+@dataclass(frozen=True)
+class SpeedGrid:
+    """Conditions under which speed is measured beside those of the benchmark: all combinations of these.
+
+    Args:
+        sizes: sides of square images; the benchmark's own by default.
+        dtypes: of weights and pixels, by their names in torch; the model's own by default.
+        compiled: also after ``torch.compile``, whose own time stands apart as ``compile_seconds``.
+
+    Raises:
+        RequestError: a dtype that is none.
+    """
+
+    sizes: Sequence[int] = ()
+    dtypes: Sequence[str] = ()
+    compiled: bool = False
+
+    def __post_init__(self) -> None:
+        for name in self.dtypes:
+            if name not in DTYPES:
+                raise RequestError(f"Speed is measured in {', '.join(DTYPES)}, not in {name!r}.")
+
+    def __bool__(self) -> bool:
+        return bool(self.sizes or self.dtypes or self.compiled)
+
+    def measure(self, codec: LatentCodec, size: int, batch_size: int, repeats: int = 20) -> list[dict[str, Any]]:
+        """`measure_speed` under each condition, with ``compiled``; where a condition fails, its ``reason``."""
+        rows = []
+        for side in self.sizes or (size,):
+            for dtype in self.dtypes or (str(codec.dtype).removeprefix("torch."),):
+                autoencoder = copy.deepcopy(codec.autoencoder).to(getattr(torch, dtype))
+                for compiled in (False, True) if self.compiled else (False,):
+                    row: dict[str, Any] = {"size": side, "dtype": dtype, "compiled": compiled}
+                    try:
+                        other = LatentCodec(autoencoder, compile=compiled)
+                        if codec.num_inference_steps:
+                            other = other.with_inference_steps(codec.num_inference_steps)
+                        if compiled:
+                            started = time.perf_counter()
+                            other.reconstruct(torch.zeros(batch_size, 3, side, side))
+                            row["compile_seconds"] = time.perf_counter() - started
+                        row |= measure_speed(other, side, batch_size, repeats)
+                    except (RuntimeError, NotImplementedError, RequestError) as error:  # out of memory among them
+                        row["reason"] = (str(error).splitlines() or [type(error).__name__])[0]
+                    rows.append(row)
+        return rows
 
 
 def _time(step: Callable[[], object], device: torch.device, batch_size: int, repeats: int) -> dict[str, Any]:

@@ -7,8 +7,10 @@ import torch
 from diffusers import AutoencoderKL
 
 import latentae
-from latentae.bench.speed import count_gmac, count_parameters, measure_speed
+from latentae.bench import speed
+from latentae.bench.speed import SpeedGrid, count_gmac, count_parameters, measure_speed
 from latentae.codec import LatentCodec
+from latentae.errors import RequestError
 
 
 def count_by_hooks(model, run):
@@ -104,3 +106,48 @@ def test_peak_memory_sees_what_a_step_allocates():
 
     speed = measure_speed(LatentCodec(Greedy()), 32)
     assert speed["encode"]["peak_memory_bytes"] - speed["decode"]["peak_memory_bytes"] > 60 * 2**20
+
+
+def test_a_grid_times_every_combination_and_leaves_the_model_as_it_was():
+    codec = LatentCodec(latentae.create("dc-ae-tiny"))
+    before = {name: value.clone() for name, value in codec.autoencoder.state_dict().items()}
+    rows = SpeedGrid([32, 36], ["float32", "bfloat16"]).measure(codec, 64, 2, repeats=3)
+    assert [(row["size"], row["dtype"]) for row in rows] == [
+        (32, "float32"), (32, "bfloat16"), (36, "float32"), (36, "bfloat16")
+    ]  # fmt: skip
+    for row in rows:
+        assert not row["compiled"]
+        assert row["batch_size"] == 2
+        assert row["decode"]["seconds_per_batch"] > 0
+    assert all(torch.equal(value, before[name]) for name, value in codec.autoencoder.state_dict().items())
+    assert codec.dtype == torch.float32
+    (row,) = SpeedGrid(dtypes=["float32"]).measure(codec, 64, 1, repeats=3)
+    assert row["size"] == 64
+    assert not SpeedGrid()
+
+
+def test_what_fails_in_a_grid_has_a_reason_and_the_rest_is_timed(monkeypatch):
+    codec = LatentCodec(latentae.create("dc-ae-tiny"))
+    measure = speed.measure_speed
+
+    def too_large(codec, size, *arguments):
+        if size > 32:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+        return measure(codec, size, *arguments)
+
+    monkeypatch.setattr(speed, "measure_speed", too_large)
+    large, small = SpeedGrid([64, 32]).measure(codec, 32, 1, repeats=3)
+    assert large["reason"] == "CUDA out of memory."
+    assert "decode" in small
+    with pytest.raises(RequestError, match="int8"):
+        SpeedGrid(dtypes=["int8"])
+
+
+@pytest.mark.slow
+def test_compiled_models_say_how_long_compiling_took():
+    codec = LatentCodec(latentae.create("dc-ae-tiny"))
+    eager, compiled = SpeedGrid(compiled=True).measure(codec, 32, 1, repeats=3)
+    assert not eager["compiled"]
+    assert compiled["compiled"]
+    assert compiled["compile_seconds"] > compiled["decode"]["seconds_per_batch"]
+    torch._dynamo.reset()

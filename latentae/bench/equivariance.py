@@ -77,7 +77,8 @@ def _finite(value: Any) -> Any:
 
 
 def equivariance_section(models: list[dict[str, Any]]) -> Section:
-    """The part of the report that shows them, without a verdict."""
+    """The part of the report that shows them, without a verdict; files of classical codecs have none."""
+    models = [model for model in models if "equivariance" in model["latents"]]
     names = [f"{kind}_{figure}" for figure in ("error", "error_standardised", "psnr", "rfid") for kind in KINDS]
     all_figures = [model["latents"]["equivariance"] for model in models]
     if not any(figures.get("rotation_rfid") for figures in all_figures):

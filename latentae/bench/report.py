@@ -31,7 +31,7 @@ from latentae.bench.tables import conditions, latent_statistics, results_table, 
 from latentae.errors import MissingExtra
 from latentae.files import atomic_write
 
-PROTOCOL_LABELS = {"images_sha256": "hash of the images", "dtype": "precision", **LABELS}
+PROTOCOL_LABELS = {"images_sha256": "hash of the images", "dtype": "number format", **LABELS}
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import nn
 
 from latentae.bench.diagnostics import diagnostics_section
+from latentae.bench.equivariance import equivariance_section
 from latentae.bench.report import Section, write_report
 from latentae.bench.results import read_results
 from latentae.bench.run import bench
@@ -232,13 +233,21 @@ def test_codecs_have_no_rows_of_dashes_and_no_say_in_the_conditions(full_report)
     assert "4 models,\n    cpu, float32 ·" in page.text
 
 
+def test_equivariance_leaves_codecs_out(full_report):
+    models = full_report[0]["models"]
+    models[0]["latents"]["equivariance"] = {"images": 2, "rotation_error": 0.25}
+    (row,) = equivariance_section(models).rows
+    assert row[:2] == ["good", "0.25"]
+    assert equivariance_section(models[2:]).rows == []
+
+
 def test_the_worst_of_all_images_are_named_if_not_all_are_shown(full_report):
     results, out = full_report
     assert "The worst of all" not in Page((out / "report.html").read_text()).text
     results["samples"] = results["samples"][:3]
     write_report(results, out / "report.html")
     text = Page((out / "report.html").read_text()).text
-    assert "3 of 7 images" in text
+    assert "3 of 7 images, chosen evenly by name." in text
     assert "The worst of all 7 images" in text
     figures = sorted((row["psnr"], row["key"]) for row in results["models"][1]["per_image"])
     assert len(figures) == 6  # one failed

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from latentae.codec import LatentCodec, Latents
+from latentae.metrics.codebook import codes_of
 from latentae.metrics.image import psnr
 from latentae.nn.pixels import to_uint8
 
@@ -66,7 +67,7 @@ class AlteredLatents:
         """
         common = {"images": len(self.kept), "psnr_unaltered": unaltered, "allowed_loss": ALLOWED_LOSS}
         if (quantizer := getattr(self.codec.autoencoder, "quantize", None)) is not None:
-            codes = int(getattr(quantizer, "codes", 0) or quantizer.n_e)  # ours, or diffusers' VectorQuantizer
+            codes = codes_of(quantizer)
             positions = math.prod(self.kept[0][3].shape[1:])
             bits = math.log2(codes) * positions / self._pixels
             return {**common, "bits_per_pixel": bits, "psnr": unaltered, "codes": codes}

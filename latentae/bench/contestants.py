@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from latentae.bench.codecs import ClassicalCodec, classical_codec
+from latentae.bench.folders import ReconstructionFolder, describe_folder, reconstruction_folder
 from latentae.bench.speed import count_gmac, count_parameters, device_name
 from latentae.codec import LatentCodec
 from latentae.errors import RequestError
@@ -22,15 +23,15 @@ class Contestant:
     """An opened model and its name."""
 
     name: str
-    model: nn.Module | LatentCodec | ClassicalCodec
+    model: nn.Module | LatentCodec | ClassicalCodec | ReconstructionFolder
     device: torch.device
     dtype: torch.dtype
     steps: int | None = None
 
-    def codec(self) -> LatentCodec | ClassicalCodec:
+    def codec(self) -> LatentCodec | ClassicalCodec | ReconstructionFolder:
         """The model on its device, decoding in ``steps``; a codec is otherwise taken as it is."""
         codec = self.model
-        if isinstance(codec, ClassicalCodec):
+        if isinstance(codec, ClassicalCodec | ReconstructionFolder):
             return codec
         if not isinstance(codec, LatentCodec):
             codec = LatentCodec(codec, device=self.device, dtype=self.dtype)
@@ -40,6 +41,8 @@ class Contestant:
         """What tells this model from another of its name."""
         if isinstance(self.model, ClassicalCodec):
             return {"codec": self.model.name}
+        if isinstance(self.model, ReconstructionFolder):
+            return {"files_sha256": self.model.identity}
         inner = self.model.autoencoder if isinstance(self.model, LatentCodec) else self.model
         return {"weights_sha256": weights_hash(inner), "dtype": str(self.dtype), "steps": self.steps}
 
@@ -71,7 +74,8 @@ def open_contestants(
         name, model = entry if isinstance(entry, tuple) else (None, entry)
         if isinstance(model, str | Path):
             name = name or str(model)
-            opened: Any = classical_codec(str(model)) or load_model(model, random_weights=random_weights)
+            opened: Any = classical_codec(str(model)) or reconstruction_folder(model)
+            opened = opened or load_model(model, random_weights=random_weights)
         else:
             opened = model
         inner = opened.autoencoder if isinstance(opened, LatentCodec) else opened
@@ -90,7 +94,7 @@ def _by_steps(contestants: list[Contestant], decode_steps: Sequence[int]) -> lis
     found = []
     for contestant in contestants:
         codec: Any = contestant.model
-        if not isinstance(codec, LatentCodec | ClassicalCodec):
+        if not isinstance(codec, LatentCodec | ClassicalCodec | ReconstructionFolder):
             codec = LatentCodec(codec)
         for steps in decode_steps if codec.samples else [None]:
             label = f", {steps} step{'s' * (steps != 1)}" if codec.samples and len(decode_steps) > 1 else ""
@@ -102,11 +106,13 @@ def _by_steps(contestants: list[Contestant], decode_steps: Sequence[int]) -> lis
     return found
 
 
-def describe(codec: LatentCodec | ClassicalCodec, size: int, seed: int) -> dict[str, Any]:
+def describe(codec: LatentCodec | ClassicalCodec | ReconstructionFolder, size: int, seed: int) -> dict[str, Any]:
     """What a model is, whatever the images are; arithmetic is counted for one image of ``size`` x ``size``.
 
     Where the decoder samples, ``decoding`` says in how many steps and from the noise of which seed, else it is None.
     """
+    if isinstance(codec, ReconstructionFolder):
+        return describe_folder(codec)
     if isinstance(codec, ClassicalCodec):
         unknown = dict.fromkeys(("weights_sha256", "spatial_ratio", "latent_channels", "floats_per_pixel", "decoding"))
         nothing: dict[str, Any] = {key: {} for key in ("normalisation", "parameters", "gmac")}

@@ -11,6 +11,7 @@ from latentae.bench.checkpoints import Checkpoints
 from latentae.bench.codecs import ClassicalCodec
 from latentae.bench.diagnostics import LatentDiagnostics
 from latentae.bench.equivariance import LatentEquivariance
+from latentae.bench.folders import ReconstructionFolder
 from latentae.bench.images import ImageFacts, ImageSet
 from latentae.bench.latents import LatentStatistics
 from latentae.bench.pairs import Pair
@@ -40,7 +41,7 @@ class Pass:
     def __init__(
         self,
         index: int,
-        codec: LatentCodec | ClassicalCodec,
+        codec: LatentCodec | ClassicalCodec | ReconstructionFolder,
         facts: ImageFacts,
         quality: Quality,
         *,
@@ -57,7 +58,7 @@ class Pass:
         self.file_sizes: FileSizes | None = None
         if isinstance(codec, ClassicalCodec):
             self.file_sizes = FileSizes()
-        else:
+        elif isinstance(codec, LatentCodec):
             self.altered = AlteredLatents(codec, partial(_noise, seed), altered)
             self.equivariance = LatentEquivariance(codec, equivariance, quality) if equivariance else None
 
@@ -72,13 +73,12 @@ class Pass:
     def results(self) -> dict[str, Any]:
         """All figures that come from the images."""
         quality = self.measurement.results()
-        if self.file_sizes:
-            rate = self.file_sizes.rate(quality["metrics"])
+        if self.altered is None:  # there are no latents
+            rate = self.file_sizes.rate(quality["metrics"]) if self.file_sizes else None
             return {**quality, "latents": {}, "rate": rate, "noise_robustness": None}
         figures = self.statistics.results() | self.diagnostics.results()
         if self.equivariance:
             figures |= self.equivariance.results()
-        assert self.altered is not None
         return {**quality, "latents": figures, **self.altered.results()}
 
 
@@ -103,7 +103,7 @@ class FileSizes:
 
 def measure(
     name: str,
-    codec: LatentCodec | ClassicalCodec,
+    codec: LatentCodec | ClassicalCodec | ReconstructionFolder,
     images: ImageSet,
     fresh: Pass,
     samples: Samples,
@@ -129,8 +129,11 @@ def measure(
         for batch in images.batches(current.next_batch, processes.rank, processes.count):
             keys, originals = batch.keys, batch.pixels
             z: Tensor | None = None
+            reasons: dict[int, str] = {}
             if isinstance(codec, ClassicalCodec):
                 pixels = _through_files(codec, originals, current)
+            elif isinstance(codec, ReconstructionFolder):
+                pixels, reasons = codec.read(batch, images)
             else:
                 latents = codec.encode(originals, sample=sample, generator=_generators(seed, keys))
                 pixels = codec.decode(latents, generator=_noise(seed, keys))  # (B, 3, size, size)
@@ -141,7 +144,7 @@ def measure(
                 if current.altered:
                     current.altered.add(batch.places, keys, originals, z)
             pair = Pair(pixels.to(device), originals.to(device), quantisation)
-            current.measurement.add(batch.places, keys, pair)
+            current.measurement.add(batch.places, keys, pair, reasons)
             if current.equivariance:
                 current.equivariance.add(originals, batch.places)
             samples.save(fresh.index, keys, pair, z)
@@ -171,7 +174,7 @@ def _through_files(codec: ClassicalCodec, originals: Tensor, current: Pass) -> T
     return to_float(torch.stack(images))
 
 
-def pair_device(codec: LatentCodec | ClassicalCodec) -> torch.device:
+def pair_device(codec: LatentCodec | ClassicalCodec | ReconstructionFolder) -> torch.device:
     """Where a model's pairs are compared: MPS has no float64."""
     return torch.device("cpu") if codec.device.type == "mps" else codec.device
 

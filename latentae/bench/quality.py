@@ -178,21 +178,26 @@ class Measurement:
         self.places: list[int] = []
         self.keys: list[str] = []
         self.rows: dict[str, list[float]] = {name: [] for name in quality.per_image}
-        self.failed: dict[int, str] = {}  # keys by place
+        self.failed: dict[int, tuple[str, str]] = {}  # key and reason by place
         if quality.frechet:
             quality.frechet.to(device).reset()
         if quality.sample:
             quality.sample.to(device).reset()
 
-    def add(self, places: Sequence[int], keys: Sequence[str], pair: Pair) -> None:
-        """Compare a batch of images at these places in the order; what holds NaN is named and not measured."""
+    def add(
+        self, places: Sequence[int], keys: Sequence[str], pair: Pair, reasons: dict[int, str] | None = None
+    ) -> None:
+        """Compare a batch of images at these places in the order; what holds NaN is named and not measured.
+
+        ``reasons`` by place say why a reconstruction does, if it is not the model.
+        """
         quality = self.quality
         if not quality.knows_originals:
             quality.add_features(pair.read(quality.preset.rfid)[1], keys, original=True)
         usable: list[str] = []
         for place, key, is_usable in zip(places, keys, pair.finite.tolist()):
             if not is_usable:
-                self.failed[place] = key
+                self.failed[place] = (key, (reasons or {}).get(place, NOT_FINITE))
                 continue
             self.places.append(place)
             usable.append(key)
@@ -232,7 +237,11 @@ class Measurement:
         if identical:
             warnings.append(f"{identical} reconstructions equal their originals and stay out of the mean PSNR.")
         if self.failed:
-            warnings.append(f"{len(self.failed)} reconstructions hold NaN or infinity and stay out of every figure.")
+            first, reason = next(iter(self.failed.values()))
+            what = "hold NaN or infinity" if reason == NOT_FINITE else "cannot be measured"
+            warnings.append(
+                f"{len(self.failed)} reconstructions {what} and stay out of every figure; the first: {first}, {reason}."
+            )
         for name in self.quality.distances:
             means[name] = self._distance(name, skipped, warnings)
         means |= self._sampled(skipped, warnings)
@@ -243,7 +252,7 @@ class Measurement:
             "warnings": warnings,
             "images": len(self.keys),
             "identical": identical,
-            "failed": [{"key": key, "reason": NOT_FINITE} for key in self.failed.values()],
+            "failed": [{"key": key, "reason": reason} for key, reason in self.failed.values()],
             "per_image": [
                 {"key": key, **{name: row[i] if np.isfinite(row[i]) else None for name, row in self.rows.items()}}
                 for i, key in enumerate(self.keys)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity
+from PIL import Image
 from scipy.linalg import sqrtm
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import fid_statistics_to_metric
@@ -282,3 +283,33 @@ def _random_like(name, tensor, generator):
         return torch.zeros(tensor.shape)
     fan_in = tensor[0].numel()
     return torch.randn(tensor.shape, generator=generator) * (2 / fan_in) ** 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_with_half_pixels_the_features_are_those_of_pytorch_fid(published, tmp_path, monkeypatch):
+    """clean-fid has pytorch-fid's network and scale, and finds the file under pytorch-fid's name.
+
+    Enlarging with Pillow's bilinear filter is what pytorch-fid's resize is, half-pixel centres included.
+    """
+    from cleanfid.inception_pytorch import InceptionV3
+
+    checkpoints = tmp_path / "hub/checkpoints"
+    checkpoints.mkdir(parents=True)
+    (checkpoints / "pt_inception-2015-12-05-6726825d.pth").symlink_to(published)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    theirs = InceptionV3([3], resize_input=False, normalize_input=True).eval()
+    pictures = images(2, size=96)
+    planes = [Image.fromarray(plane.float().numpy()) for plane in pictures.flatten(0, 1)]
+    large = np.stack([np.asarray(plane.resize((299, 299), Image.Resampling.BILINEAR)) for plane in planes])
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(large).view(2, 3, 299, 299) / 255)[0].flatten(1)
+    metric = FrechetInceptionDistance(resize="half-pixel")
+    spread = expected.std()
+    torch.testing.assert_close(metric.features(pictures), expected.double(), rtol=0, atol=1e-3 * spread.item())
+    floats = pictures.float() / 127.5 - 1
+    torch.testing.assert_close(metric.features(floats), expected.double(), rtol=0, atol=1e-3 * spread.item())
+    tensorflow = FrechetInceptionDistance().features(pictures)
+    assert (tensorflow - expected).abs().max() > 3e-3 * spread
+    exact = FrechetInceptionDistance(precision=torch.float64).features(pictures)
+    assert 0 < (exact - tensorflow).abs().max() < 1e-3 * spread

@@ -144,7 +144,7 @@ def legend(plots: Sequence[Plot]) -> list[Series]:
 
 def is_reference(model: dict[str, Any]) -> bool:
     """Whether it is a classical codec, a point of reference and no contestant."""
-    return not model.get("parameters")
+    return model["class"].lower() in FORMATS
 
 
 def looks(models: Sequence[dict[str, Any]]) -> dict[str, Look]:
@@ -246,8 +246,7 @@ def _lines(
 
 def _group(model: dict[str, Any]) -> str:
     """The series of a model: qualities of one classical format stand together."""
-    is_file = is_reference(model) and str(model.get("class")).lower() in FORMATS
-    return model["class"] if is_file else model["name"]
+    return model["class"] if is_reference(model) else model["name"]
 
 
 def _gmac(model: dict[str, Any]) -> float | None:

@@ -63,10 +63,11 @@ def write_report(results: dict[str, Any], path: str | Path, extra_sections: Sequ
     environment = require_report()
     models = results["models"]
     contestants = [model for model in models if not is_reference(model)]
+    networks = [model for model in contestants if model["parameters"]]  # the others are folders of reconstructions
     samples = _samples(results, Path(path).parent)
     page = environment.get_template("report.html").render(
         results=results,
-        conditions=", ".join(dict.fromkeys([m["device"] for m in contestants] + [m["dtype"] for m in contestants])),
+        conditions=", ".join(dict.fromkeys([m["device"] for m in networks] + [m["dtype"] for m in networks])),
         table=results_table(results),
         plots={
             "rate": rate_distortion(models),
@@ -77,7 +78,7 @@ def write_report(results: dict[str, Any], path: str | Path, extra_sections: Sequ
         },
         cost={
             "header": COST_HEADER,
-            "rows": cost_rows({**results, "models": contestants}),
+            "rows": cost_rows({**results, "models": networks}),
             "conditions": cost_conditions(results),
         },
         statistics=latent_statistics(results),
@@ -190,7 +191,7 @@ def _samples(results: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
                     {
                         "name": model["name"],
                         "reconstruction": _embed_file(folder / entry["reconstruction"]),
-                        "latents": "" if is_reference(model) else _embed_file(folder / entry["latents"]),
+                        "latents": _embed_file(folder / entry["latents"]) if model["latents"] else "",
                     }
                     for model, entry in zip(results["models"], sample["models"])
                 ],

@@ -72,6 +72,8 @@ def conditions(model: dict[str, Any]) -> str:
     """What a reader must know of one model's figures: its weights, and how it was timed and counted."""
     if is_reference(model):
         return f"{model['class']} files, for reference"
+    if not model["parameters"]:  # a folder of reconstructions
+        return f"images as given, files {model.get('files_sha256', '–')[:16]}"
     parts = [f"weights {model['weights_sha256'][:16]}"]
     if speed := model.get("speed"):
         threads = f" with {speed['threads']} threads" if speed.get("threads") else ""
@@ -101,6 +103,8 @@ def _rate(model: dict[str, Any]) -> dict[str, Any]:
 def _what_it_is(model: dict[str, Any]) -> str:
     if is_reference(model):
         return f"{model['class']}, a reference"
+    if not model["parameters"]:
+        return "images as given"
     steps = f", {steps_label(model)}, seed {model['decoding']['seed']}" if model.get("decoding") else ""
     return f"{model['class']}, {model['dtype']}{steps}"
 

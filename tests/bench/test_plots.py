@@ -15,6 +15,7 @@ NUMBERS = st.floats(1e-4, 1e6)
 def autoencoder(name, **figures):
     return {
         "name": name,
+        "class": "AutoencoderKL",
         "latents": {},
         "parameters": {"total": 10},
         "metrics": {},

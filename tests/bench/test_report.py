@@ -233,6 +233,25 @@ def test_codecs_have_no_rows_of_dashes_and_no_say_in_the_conditions(full_report)
     assert "4 models,\n    cpu, float32 ·" in page.text
 
 
+def test_a_folder_of_reconstructions_competes_without_latents_or_cost(full_report):
+    results, out = full_report
+    nothing = {"latents": {}, "parameters": {}, "gmac": {}, "speed": None, "rate": None, "weights_sha256": None}
+    given = {"name": "theirs", "class": "given", "dtype": "uint8", "device": "cpu", "spatial_ratio": None}
+    given |= {"files_sha256": "abc" * 20, "metrics": {"psnr": 20.0, "rfid": 0.25}, "per_image": []}
+    results["models"].append(nothing | given)
+    for sample in results["samples"]:
+        sample["models"].append(sample["models"][0])
+    write_report(results, out / "report.html")
+    page = Page((out / "report.html").read_text())
+    rfid = next(i for i, title in enumerate(page.rows[0]) if title.startswith("rFID"))
+    assert page.rows[5][0] == "theirsimages as given"
+    assert (5, rfid) in page.best
+    assert (1, rfid) not in page.best
+    assert sum(row[:1] == ["theirs"] for row in page.rows) == 0
+    assert "files abcabcabc" in page.text
+    assert sum(attributes.get("data-kind") == "latents" for _, attributes in page.tags) == 7 * 2
+
+
 def test_equivariance_leaves_codecs_out(full_report):
     models = full_report[0]["models"]
     models[0]["latents"]["equivariance"] = {"images": 2, "rotation_error": 0.25}

@@ -138,7 +138,7 @@ def cost_conditions(results: dict[str, Any]) -> str:
     )
 
 
-RATE_HEADER = ("model", "floats / pixel", "bits / pixel", "PSNR with as many", "step")
+RATE_HEADER = ("model", "floats / pixel", "bits / pixel", "PSNR with as many", "rounded to")
 
 
 def rate_rows(models: Sequence[dict[str, Any]]) -> list[list[str]]:
@@ -163,7 +163,7 @@ def rate_rows(models: Sequence[dict[str, Any]]) -> list[list[str]]:
 def rate_conditions(models: Sequence[dict[str, Any]]) -> str:
     """What the figures of `rate_rows` are."""
     images = next((model["rate"]["images"] for model in models if "step" in (model.get("rate") or {})), None)
-    latents = f" of latents of {images} images, rounded to the step that costs at most 0.1 dB" if images else ""
+    latents = f" of latents of {images} images, rounded as coarsely as costs at most 0.1 dB" if images else ""
     return f"bits: empirical entropy, channel by channel,{latents}; of files all of their bytes."
 
 

@@ -50,6 +50,8 @@ class Checkpoints:
         remove_stale_temporaries(self.folder)
         path = self.folder / "plan.json"
         if not path.exists():
+            shutil.rmtree(self.folder)  # what was left when somebody was killed while clearing up
+            self.folder.mkdir()
             write_json(path, plan)
             return []
         earlier = read_json(path)

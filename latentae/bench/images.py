@@ -111,23 +111,30 @@ class ImageSet:
         cost = 3 * self.size**2
         loaded = prefetch(self._load, chosen, workers=self.workers, cost=lambda _: cost, budget=PREFETCH_BYTES)
         for number, members in groupby(loaded, lambda pair: pair[0] // self.batch_size):
-            crops = [(place, crop) for place, crop in members if crop is not None]
+            crops = [(place, crop) for place, found in members if (crop := self._note(place, found)) is not None]
             if crops:
                 places = [place for place, _ in crops]
                 pixels = torch.stack([to_tensor(crop) for _, crop in crops])
                 yield Batch(number, places, [self.items[place].key for place in places], pixels)
 
-    def _load(self, place: int) -> tuple[int, np.ndarray | None]:
+    def _load(self, place: int) -> tuple[int, tuple[np.ndarray, str, bool] | BadImage]:
+        """The crop, its digest and whether it was enlarged; called by threads, which leave ``facts`` alone."""
         try:
             image = decode_image(self.source.read(self.items[place]))
         except BadImage as error:
-            self.facts.bad[place] = (error.reason, error.explanation)
-            return place, None
+            return place, error
         crop = self.crop(image, self.size)
-        digest = hashlib.sha256(crop.data).hexdigest()
+        return place, (crop, hashlib.sha256(crop.data).hexdigest(), min(image.shape[:2]) < self.size)
+
+    def _note(self, place: int, found: tuple[np.ndarray, str, bool] | BadImage) -> np.ndarray | None:
+        """The crop, if there is one; what is known of it goes into ``facts``."""
+        if isinstance(found, BadImage):
+            self.facts.bad[place] = (found.reason, found.explanation)
+            return None
+        crop, digest, enlarged = found
         if self.facts.digests.get(place, digest) != digest:
             raise DataError("The images changed while they were measured: run again when nothing writes to them.")
         self.facts.digests[place] = digest
-        if min(image.shape[:2]) < self.size and place not in self.facts.enlarged:
+        if enlarged and place not in self.facts.enlarged:
             self.facts.enlarged.append(place)
-        return place, crop
+        return crop

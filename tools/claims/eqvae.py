@@ -4,7 +4,8 @@ One small autoencoder is trained, the start of all arms, which fine-tune it for 
 
 - nothing: the start itself;
 - plain: as the start was trained;
-- EQ: half of the steps decode a rotated and scaled latent to the rotated and scaled image, as `Equivariance` does;
+- EQ: 0.38 of the steps decode a rotated and scaled latent to the rotated and scaled image, as `Equivariance` does, and
+  0.4 train on the scaled image itself, plainly;
 - scale only: half of the steps decode a downsampled latent (arXiv 2502.14831).
 
 Errors are the paper's, ‖τE(x) - E(τx)‖² / ‖E(τx)‖² for three rotations and three scales, and the same of standardised
@@ -12,17 +13,45 @@ channels, which a constant offset does not lower. A drop is one minus the ratio 
 paper's SD-VAE drops by 37 % and 38 %. Each arm's learning rate is the best of three by what the arm is trained for: the
 PSNR of D(E(x)), and for arms with a transform the mean of that and of D(τE(x)) against τx.
 
-The autoencoder is an f8c4 DC-AE with a posterior of fixed spread: noise on the latents, and KL to N(0, 1) beside the
-squared error. Without noise the size of a channel says nothing about what it carries: in a trial EQ took the error of
-rotations of such an f8c4 from 0.18 to 0.36 (against its start; no plain arm was run).
+The autoencoder is an f8c4 DC-AE without shortcuts around the latents, with a posterior of fixed spread: noise on the
+latents, and KL to N(0, 1) beside the squared error. Without noise the size of a channel says nothing about what it
+carries: in a trial EQ took the error of rotations of such an f8c4 from 0.18 to 0.36 (against its start; no plain arm
+was run). The start is trained until plain fine-tuning gains nothing over it, and fine-tuned at a quarter of its rate or
+less, as one would fine-tune a published VAE: with one that still learns, EQ also loses what fewer plain steps learn.
 
-What came of it (tools/results/eqvae.json): not shown as a whole. Against plain fine-tuning the errors of rotations fall
-by 61 % (standardised 56 %), those of scales by 25 % (15 %), and PSNR by 0.86 dB. Scale only lowers the errors of scales
-by 64 % (77 %) at the same cost, but raises those of rotations. A likely reason, not tested by an arm: four channels at
-f8 leave little room, and what holds the direction of edges, as the channel does that anticorrelates with itself under
-half a turn in the plain model of seed 1, cannot be equivariant. All three chosen rates lie at an end of their range.
-The setting was picked after a dozen trials on the held-out photos, most of the arms with seed 1, so these figures
-flatter EQ if anything.
+How the setting was picked: by 31 EQ trials from 8 starts, with the seed and on the pictures of the search, not on
+those of the test; only noise and KL weight were picked earlier, after a dozen trials on the held-out photos. Against
+plain fine-tuning, rates 1e-3 and 1500 steps where nothing else is said:
+
+===================================================== ========= ====== ========
+trial (share of EQ steps 0.5 where none is given)     rotations scales PSNR, dB
+===================================================== ========= ====== ========
+f8c4                                                  -37 %     -29 %  -0.34
+f8c4 with DC-AE's shortcuts                           -31 %     -25 %  -0.37
+f8c4, a decoder six times the size                    -40 %     -25 %  -0.39
+f8c4, three times the KL weight                       -44 %     -29 %  -0.40
+f8c4, 4000 steps, rate 2e-3                           -52 %     -30 %  -0.43
+f8c4, scaled bilinearly                               -46 %     -36 %  -0.47
+f8c4, scaled anisotropically                          -31 %     -28 %  -0.30
+f8c16 with DC-AE's shortcuts                          -35 %     -24 %  -1.36
+f4c4 with DC-AE's shortcuts                           -39 %     -29 %  -0.85
+f4c3, 0.125 of the steps at low resolution            -61 %     -38 %  -0.62
+f8c4, 0.125 at low resolution                         -40 %     -32 %  -0.36
+f8c4, 0.25 EQ                                         -22 %     -18 %  -0.08
+f8c4, 0.35 EQ, 0.4 at low resolution                  -34 %     -29 %  -0.20
+f8c4, 0.4 EQ, 0.4 at low resolution                   -37 %     -32 %  -0.31
+===================================================== ========= ====== ========
+
+PSNR pays for EQ steps more than in proportion, and steps at low resolution lower the errors of scales for little, which
+is why there are many. The shares, between those of the last two trials, are ours: the paper has half EQ and none at low
+resolution, its code half and an eighth.
+
+What came of it in one run (tools/results/eqvae.json): not shown as a whole, by little. Against plain fine-tuning the
+errors of rotations fall by 35 % (standardised 31 %, on one seed 29), those of scales by 29 % (26 %), where 30 % was
+wanted on every seed, and PSNR by 0.26 dB, where 0.3 was allowed. It was not tuned further, because that would have been
+on the test. The steps at low resolution have no arm of their own, so how much of the drop is theirs is open. Scale only
+lowers the errors of scales by 66 % (79 %) for 0.53 dB, but raises those of rotations by 33 %. All three chosen rates
+are the highest of their range. An earlier run, half EQ from a start that had not converged: -61 %, -25 %, -0.86 dB.
 
 The fine-tuned models are kept as folders that `latentae.load` and `latentae bench --equivariance` open. Whether the
 latents are easier to model is the other half of the claim; it waits for the latent diffusion trainer, and these folders
@@ -31,7 +60,9 @@ are its arms.
 
 import copy
 import statistics
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,25 +80,39 @@ from latentae.metrics.equivariance import EquivarianceMeasurement
 from latentae.nn.pixels import to_float
 from latentae.objectives.latent_transforms import Equivariance, LatentNoise, LatentTransform, ScaleOnly
 
+EQ_PROB, LOWRES_PROB = 0.38, 0.4  # shares of all steps
 NOTHING, PLAIN, EQ, SCALE = "nothing", "plain fine-tuning", "EQ", "scale only"
-TRANSFORMS: dict[str, type[Equivariance] | None] = {PLAIN: None, EQ: Equivariance, SCALE: ScaleOnly}
+TRANSFORMS: dict[str, Callable[[], Equivariance] | None] = {
+    PLAIN: None,
+    EQ: partial(Equivariance, eq_prob=EQ_PROB, lowres_prob=LOWRES_PROB),
+    SCALE: ScaleOnly,
+}
 
 # Written before the first run; since then standardised errors must fall too, and PSNR hold on every seed.
 LEAST_DROP, LARGEST_LOSS = 0.3, 0.3  # of all errors; of PSNR in dB
 
 PRESET, FACTOR, CHANNELS = "dc-ae-tiny", 8, 4
+NETWORK = {  # no shortcut around the latents, as in DC-AE 1.5
+    "encoder_out_shortcut": False,
+    "decoder_in_shortcut": False,
+    "downsample_block_type": "conv",
+    "upsample_block_type": "interpolate",
+}
 POSTERIOR_STD, KL_WEIGHT = 0.3, 2e-3  # of one latent value, beside the mean squared error of a pixel value
 CROP, BATCH = 64, 8
 TEST_CROP, TEST_LEAVES = 256, 8
-START_SEED, START_STEPS, START_RATE = 50, 2500, 4e-3
-STEPS = 2000
-LEARNING_RATES = (2e-3, 4e-3, 8e-3)
-EVALUATIONS = 3
+START_SEED, START_STEPS, START_RATE = 50, 6000, 4e-3
+LONGEST_STREAM = 4000  # batches; a longer run sees them again
+STEPS = 1500
+LEARNING_RATES = (2.5e-4, 5e-4, 1e-3)
+EVALUATIONS = 2
 ERRORS = ("rotation_error", "scale_error")
 
 
 def pixels_at(seed: int, step: int, steps: int) -> Tensor:
-    return to_float(stream(seed, steps * BATCH, CROP)[step * BATCH : (step + 1) * BATCH])
+    batches = min(steps, LONGEST_STREAM)
+    first = step % batches * BATCH
+    return to_float(stream(seed, batches * BATCH, CROP)[first : first + BATCH])
 
 
 def loss_of(module: Any, seed: int, step: int, steps: int, transform: LatentTransform | None) -> Tensor:
@@ -116,7 +161,7 @@ def run(tier: str, quick: bool, steps: int | None, figure: Path | None) -> dict[
 
     say(f"training the start, {start_steps} steps")
     start = train_start(
-        lambda seed: create(PRESET, seed=seed, latent_channels=CHANNELS).train(),
+        lambda seed: create(PRESET, seed=seed, latent_channels=CHANNELS, **NETWORK).train(),
         lambda module, seed, step: loss_of(module, seed, step, start_steps, None),
         START_SEED,
         START_RATE,
@@ -129,7 +174,7 @@ def run(tier: str, quick: bool, steps: int | None, figure: Path | None) -> dict[
         stream(seed, plan.steps * BATCH, CROP)  # so that no arm's clock pays for making pictures
 
     def arm(name: str) -> Arm:
-        transform = cls() if (cls := TRANSFORMS[name]) else None
+        transform = make() if (make := TRANSFORMS[name]) else None
 
         def keep(module: nn.Module, seed: int) -> None:
             if models:
@@ -169,6 +214,9 @@ def run(tier: str, quick: bool, steps: int | None, figure: Path | None) -> dict[
         "setting": {
             "preset": PRESET,
             "latent_channels": CHANNELS,
+            "network": NETWORK,
+            "eq_prob": EQ_PROB,
+            "lowres_prob": LOWRES_PROB,
             "posterior_std": POSTERIOR_STD,
             "kl_weight": KL_WEIGHT,
             "start_steps": start_steps,

@@ -21,6 +21,15 @@ look has them if its variance is right. Beside them stands the Wasserstein dista
 
 Then one step learns what the sampler does in several, with `StepDistillation`, for the velocity (DiTo) and for the
 pixels (SWYCC).
+
+What came of it (tools/results/diffusion-decoder.json, 600 steps): DiTo meets all three, SWYCC one of them, and SWYCC
+of the residual only the classifier (AUC 0.61 against 0.96), its samples being a little too much alike. Much of this
+is grain rather than texture, as the picture shows. DiTo's calibration of 1.00 pools two that err in opposite ways:
+photos get too much variance (1.36), leaves a little less than enough (0.82); and its Haar details are no nearer to
+the originals' than those of L2 + white noise, where SWYCC's are. L2 itself is 0.7 dB below the linear decoder of the
+same latents, so it is not at its end: against that decoder's error DiTo's ratio is 2.25. All three samplers take the
+largest of their rates. One step agrees with the teacher's eight by 7 dB (v) and 9 dB (x0) more than before. Sizes and
+SWYCC's two weights were picked after ten trials on other crops of the same held-out photos.
 """
 
 import statistics
@@ -70,7 +79,7 @@ ERROR_RATIO = (1.8, 2.3)  # squared error of a sample over that of L2
 # and the classifier's AUC must be below that of L2 + white noise
 
 CROP, BATCH, PCA_CROPS = 32, 16, 1000
-STEPS, EVALUATIONS = 600, 3  # about 40 minutes on one core that is free
+STEPS, EVALUATIONS = 600, 3  # 35 minutes of one core
 LEARNING_RATES = (1.5e-3, 3e-3, 6e-3)
 SAMPLE_STEPS = 32  # Euler's method with 8 takes a third of the variance even from a perfect denoiser, with 32 a tenth
 FEW_STEPS = (1, 4, 8)
@@ -80,6 +89,7 @@ CLASSIFIER_COUNT, CLASSIFIER_STEPS = 384, 200
 CROP_SEEDS = {"test": 10_003, "tune": 10_004, "classifier": 10_005}
 DISTILLATION_STEPS, DISTILLATION_RATES = 80, (3e-4, 1e-3, 3e-3)
 DRAWN = 10  # pictures in the figure
+LINEAR = "PCA f8c4"
 
 Decoder = Callable[[Tensor, int], Tensor]  # of pixels and of a seed
 Figures = dict[str, dict[int, dict[str, float]]]  # by arm and seed
@@ -218,6 +228,9 @@ def run(tier: str, quick: bool, steps: int | None, figure: Path | None) -> dict[
         few_steps = {name: {seed: by_steps(module, data) for seed, module in kept[name].items()} for name in SAMPLERS}
     verdicts = thresholds(figures)
     print_table(figures, references, outcomes, data.euler_steps)
+    below = statistics.fmean(one["psnr"] for one in figures[REGRESSION].values()) < references[LINEAR]["psnr"]
+    if below:
+        print(f"{REGRESSION} is below {LINEAR}, so not trained to its end: ratios of errors are to a worse mean")
     if figure:
         draw_pictures(figure, decoders_of(kept, data, plan.seeds[0])[0], data)
 
@@ -246,6 +259,7 @@ def run(tier: str, quick: bool, steps: int | None, figure: Path | None) -> dict[
             "test_pictures": {kind: list(images.shape) for kind, images in data.test.items()},
         },
         "references": references,
+        "l2_is_below_pca": below,
         "arms": {o.name: o.as_json(["psnr"]) for o in outcomes},
         "figures": figures,
         "impostors": impostors,
@@ -312,7 +326,7 @@ def judge_references(
         return rounded(F.interpolate(F.avg_pool2d(pixels, FACTOR), scale_factor=float(FACTOR)))
 
     l2 = judge(decoders_of(kept, data, seed)[0][REGRESSION], data, None, seed, 2)["error"]
-    decoders = {"PCA f8c4": linear, "block mean f8 (3 floats)": means}
+    decoders = {LINEAR: linear, "block mean f8 (3 floats)": means}
     return {name: judge(decoder, data, l2, seed, 2) for name, decoder in decoders.items()}
 
 
@@ -368,15 +382,24 @@ def distil(teachers: dict[str, dict[int, Any]], plan: Plan, steps: int, data: Tr
 def print_table(
     figures: Figures, references: dict[str, dict[str, float]], outcomes: list[Outcome], euler_steps: int
 ) -> None:
-    columns = ("psnr", "calibration", "error_ratio", "haar", "auc")
+    columns = ("psnr", "calibration", "calibration_photos", "calibration_leaves", "error_ratio", "haar", "auc")
     rates = {outcome.name: outcome.learning_rate for outcome in outcomes}
     rows: list[list[Any]] = [[name, None, None, None, *(v[c] for c in columns)] for name, v in references.items()]
     for name, by_seed in figures.items():
         means = [statistics.fmean(one[column] for one in by_seed.values()) for column in columns]
         steps = euler_steps if name in SAMPLERS else None
         rows.append([name, SAMPLERS.get(name), steps, rates.get(name), *means])
-    header = ["held out, sample seed 0", "predicts", "steps", "rate", "PSNR, dB", "calibration", "error / L2's"]
-    print(format_table([*header, "Haar distance", "AUC"], rows))
+    header = [
+        "held out, sample seed 0",
+        "predicts",
+        "steps",
+        "rate",
+        "PSNR, dB",
+        "calibration",
+        "of photos",
+        "of leaves",
+    ]
+    print(format_table([*header, "error / L2's", "Haar distance", "AUC"], rows))
 
 
 def print_distillation(distilled: dict[str, dict[str, Any]]) -> None:

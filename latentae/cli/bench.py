@@ -12,10 +12,11 @@ dimension and KL divergence from N(0, 1).
   latentae bench --merge report-a/ report-b/ --out both/
   latentae bench imagenet/val --suite public --out leaderboard/
 
-A model is a folder, a run of 'latentae fit', a checkpoint, a hub id or a preset; NAME=MODEL gives it a name.
-jpeg:75, webp:80 and avif:60 are files of that quality, as reference points. The table
-goes to standard output; --out writes results.json, report.html (opens offline) and the images that it shows. If it is
-killed, the same command continues from OUT/progress; under torchrun several processes share the images.
+A model is a folder, a run of 'latentae fit', a checkpoint, a hub id or a preset; NAME=MODEL gives it a name. A folder
+of images holds reconstructions that something else made, by the names of their originals. jpeg:75, webp:80 and avif:60
+are files of that quality, as reference points. The table goes to standard output; --out writes results.json,
+report.html (opens offline) and the images that it shows. If it is killed, the same command continues from OUT/progress;
+under torchrun several processes share the images.
 """
 
 import argparse

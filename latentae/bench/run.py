@@ -25,7 +25,7 @@ from latentae.bench.quality import Quality, expand_metric_names
 from latentae.bench.report import Section, require_report, write_report
 from latentae.bench.results import SCHEMA, write_results
 from latentae.bench.samples import Samples
-from latentae.bench.speed import measure_speed, reference_cost
+from latentae.bench.speed import SpeedGrid, measure_speed, reference_cost
 from latentae.codec import LatentCodec
 from latentae.console import say
 from latentae.data.sources import Source, open_source, refuse_output_in_input
@@ -58,6 +58,7 @@ def bench(
     workers: int = 4,
     speed: bool = True,
     speed_batch_size: int | None = None,
+    speed_grid: SpeedGrid | None = None,
     report_images: int = 24,
     random_weights: bool = False,
     decode_steps: Sequence[int] = (),
@@ -90,6 +91,7 @@ def bench(
         workers: threads that read and decode.
         speed: measure throughput and memory, in batches of ``speed_batch_size``: by default ``batch_size`` on a GPU
             and 1 elsewhere.
+        speed_grid: sizes, dtypes and whether compiled, to measure speed under these too.
         report_images: how many images the report shows.
         random_weights: allow presets with random weights.
         decode_steps: numbers of steps of decoders that sample, each measured as a model of its own; by default the
@@ -194,12 +196,19 @@ def bench(
                 if whole:
                     figures = whole.results()
                     speed_batch = speed_batch_size or (batch_size if codec.device.type == "cuda" else 1)
-                    timing = None
+                    timing, grid = None, list[dict[str, Any]]()
                     if speed and figures["images"] and isinstance(codec, LatentCodec):
                         timing = measure_speed(codec, size, speed_batch)
+                        grid = speed_grid.measure(codec, size, speed_batch) if speed_grid else []
                     priced = any(finished["reference_cost"] for finished in measured)
                     entry = {
-                        "model": {"name": name, **describe(codec, size, seed), **figures, "speed": timing},
+                        "model": {
+                            "name": name,
+                            **describe(codec, size, seed),
+                            **figures,
+                            "speed": timing,
+                            "speed_grid": grid,
+                        },
                         "images": whole.facts.to_json(),
                         "reference_cost": reference_cost(codec, size, speed_batch if timing else None)
                         if isinstance(codec, LatentCodec) and codec.samples and not priced  # steps have a price

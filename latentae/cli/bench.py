@@ -94,6 +94,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=4, metavar="N", help="threads that read and decode (default: 4)")
     add_max_bad(parser)
     parser.add_argument("--no-speed", action="store_true", help="do not time the models")
+    parser.add_argument("--speed-sizes", default="", metavar="N,N", help="also time images of these sizes")
+    parser.add_argument(
+        "--speed-dtypes", default="", metavar="NAME,NAME", help="also time in these: float32, bfloat16, float16"
+    )
+    parser.add_argument("--speed-compiled", action="store_true", help="also time the models after torch.compile")
     parser.add_argument("--speed-batch-size", type=int, metavar="N", help="(default: --batch-size on a GPU, else 1)")
     parser.add_argument("--report-images", type=int, default=24, metavar="N", help="images in the report (default: 24)")
     parser.add_argument("--random-weights", action="store_true", help="allow a preset without its published weights")
@@ -127,13 +132,14 @@ def run(args: argparse.Namespace) -> int:
     from latentae.bench.merging import merge_results
     from latentae.bench.processes import is_first_process
     from latentae.bench.run import bench
+    from latentae.bench.speed import SpeedGrid
     from latentae.bench.suite import run_suite, summarise_suite
 
     if args.merge:
         return _finish(args, merge_results([*args.merge], out=args.out, force=args.force))
     options = dict(
         limit=args.limit,
-        metrics=None if args.metrics is None else [name.strip() for name in args.metrics.split(",") if name.strip()],
+        metrics=None if args.metrics is None else words(args.metrics),
         fid_reference=args.fid_reference,
         weights=args.weights,
         fetch_weights=args.fetch_weights,
@@ -147,10 +153,11 @@ def run(args: argparse.Namespace) -> int:
         workers=args.workers,
         speed=not args.no_speed,
         speed_batch_size=args.speed_batch_size,
+        speed_grid=SpeedGrid(numbers("--speed-sizes", args.speed_sizes), words(args.speed_dtypes), args.speed_compiled),
         report_images=args.report_images,
         random_weights=args.random_weights,
         equivariance=args.equivariance,
-        decode_steps=numbers(args.decode_steps or ""),
+        decode_steps=numbers("--decode-steps", args.decode_steps or ""),
     )
     if args.suite:
         if args.model:
@@ -178,14 +185,18 @@ def _finish(args: argparse.Namespace, results: dict[str, Any]) -> int:
     return 0
 
 
-def numbers(text: str) -> list[int]:
+def words(text: str) -> list[str]:
+    """``a,b`` as a list."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def numbers(option: str, text: str) -> list[int]:
     """``1,4,8`` as numbers."""
     from latentae.errors import RequestError
 
-    words = [word.strip() for word in text.split(",") if word.strip()]
-    if not all(word.isdecimal() for word in words):
-        raise RequestError(f"--decode-steps {text}: expected whole numbers such as 1,4,8.")
-    return [int(word) for word in words]
+    if not all(word.isdecimal() and int(word) > 0 for word in words(text)):
+        raise RequestError(f"{option} {text}: expected whole numbers such as 1,4,8.")
+    return [int(word) for word in words(text)]
 
 
 def name_and_model(text: str) -> tuple[str, str]:

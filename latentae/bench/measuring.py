@@ -13,6 +13,7 @@ from latentae.bench.diagnostics import LatentDiagnostics
 from latentae.bench.equivariance import LatentEquivariance
 from latentae.bench.folders import ReconstructionFolder
 from latentae.bench.images import ImageFacts, ImageSet
+from latentae.bench.interpolation import LatentInterpolation
 from latentae.bench.latents import LatentStatistics
 from latentae.bench.pairs import Pair
 from latentae.bench.processes import Processes
@@ -36,6 +37,7 @@ class Pass:
         seed: of the noise from which a decoder that samples starts.
         altered: on how many images to measure rate and robustness.
         equivariance: on how many images to measure it.
+        interpolation: on how many images to measure iFID.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Pass:
         seed: int,
         altered: int,
         equivariance: int,
+        interpolation: int,
     ):
         self.index, self.next_batch = index, 0
         self.facts, self.quality = facts, quality
@@ -55,11 +58,14 @@ class Pass:
         self.statistics, self.diagnostics = LatentStatistics(), LatentDiagnostics()
         self.equivariance: LatentEquivariance | None = None
         self.altered: AlteredLatents | None = None
+        self.interpolation: LatentInterpolation | None = None
         self.file_sizes: FileSizes | None = None
         if isinstance(codec, ClassicalCodec):
             self.file_sizes = FileSizes()
         elif isinstance(codec, LatentCodec):
             self.altered = AlteredLatents(codec, partial(_noise, seed), altered)
+            if interpolation:
+                self.interpolation = LatentInterpolation(codec, partial(_noise, seed), interpolation, quality)
             self.equivariance = LatentEquivariance(codec, equivariance, quality) if equivariance else None
 
     def take_originals(self, quality: Quality) -> None:
@@ -79,6 +85,8 @@ class Pass:
         figures = self.statistics.results() | self.diagnostics.results()
         if self.equivariance:
             figures |= self.equivariance.results()
+        if self.interpolation:
+            figures |= self.interpolation.results()
         return {**quality, "latents": figures, **self.altered.results()}
 
 
@@ -143,6 +151,8 @@ def measure(
                 current.diagnostics.add(z, latents.posterior, batch.places, quantizer)
                 if current.altered:
                     current.altered.add(batch.places, keys, originals, z)
+                if current.interpolation:
+                    current.interpolation.add(batch.places, keys, originals, z)
             pair = Pair(pixels.to(device), originals.to(device), quantisation)
             current.measurement.add(batch.places, keys, pair, reasons)
             if current.equivariance:

@@ -231,6 +231,10 @@ def summarise(results: dict[str, Any]) -> str:
     foot += [f"  {name}: {protocol[name]}" for name in shown if name in protocol]
     if sampled:
         foot.append(f"  decoders that sample: from noise seeded by {sampled[0]['seed']} and the image's name")
+    for model in results["models"]:
+        between = model["latents"].get("interpolation") or {}
+        if between.get("ifid") is not None:
+            foot.append(f"  iFID of {model['name']}: {between['ifid']:.3g}, of {between['images']} images")
     foot += ["versions: " + ", ".join(f"{name} {version}" for name, version in versions.items() if version)]
     cost = [format_table(list(COST_HEADER), cost_rows(results)), cost_conditions(results)]
     if grid := grid_rows(results["models"]):

@@ -17,6 +17,7 @@ from latentae.bench.diagnostics import codebook_section, diagnostics_section
 from latentae.bench.equivariance import equivariance_section
 from latentae.bench.fetching import fetch_weights as fetch
 from latentae.bench.images import ImageFacts, ImageSet
+from latentae.bench.interpolation import interpolation_section
 from latentae.bench.measuring import Pass, measure
 from latentae.bench.presets import find_preset
 from latentae.bench.processes import Processes
@@ -63,6 +64,7 @@ def bench(
     random_weights: bool = False,
     decode_steps: Sequence[int] = (),
     equivariance: int = 0,
+    interpolation: int = 0,
     rate_images: int | None = None,
     baselines: Sequence[dict[str, Any]] = (),
     extra_sections: Sequence[Section] = (),
@@ -98,6 +100,8 @@ def bench(
             models' own numbers.
         equivariance: on how many images to measure how latents follow rotations and scalings, which needs about 7
             times the work for each; it is in ``latents``, with R-rFID where rFID is measured.
+        interpolation: on how many images to measure iFID, which needs rFID's weights and one decoding more for each;
+            it is in ``latents``.
         rate_images: on how many images to measure the bits of the latents and how robust they are, which decodes each
             nine times more; 32 on a GPU and 8 elsewhere by default.
         baselines: rows ``{"name", "psnr"}`` for the table, see `latentae.bench.baselines`.
@@ -116,11 +120,12 @@ def bench(
         size < SMALLEST_SIZE
         or batch_size < 1
         or (limit is not None and limit < 1)
-        or min(equivariance, rate_images or 0) < 0
+        or min(equivariance, interpolation, rate_images or 0) < 0
     ):
         raise RequestError(
-            f"bench got size {size}, batch_size {batch_size}, limit {limit}, equivariance {equivariance}, rate_images "
-            f"{rate_images}: the size must be at least {SMALLEST_SIZE}, the next two at least 1, the others at least 0."
+            f"bench got size {size}, batch_size {batch_size}, limit {limit}, equivariance {equivariance}, "
+            f"interpolation {interpolation}, rate_images {rate_images}: the size must be at least {SMALLEST_SIZE}, the "
+            "next two at least 1, the others at least 0."
         )
     check_max_bad(max_bad)
     folder = None if out is None else Path(out)
@@ -154,6 +159,7 @@ def bench(
             "options": {
                 "batch_size": batch_size,
                 "equivariance": equivariance,
+                "interpolation": interpolation,
                 "rate_images": rate_images,
                 "report_images": report_images,
             },
@@ -178,6 +184,7 @@ def bench(
                     seed=seed,
                     altered=_altered_images(rate_images, codec.device),
                     equivariance=equivariance,
+                    interpolation=interpolation,
                 )
                 current, whole = measure(
                     name,
@@ -230,6 +237,7 @@ def bench(
             sections = [*extra_sections, diagnostics_section(results["models"])]
             sections += [section for section in [codebook_section(results["models"])] if section.rows]
             sections += [equivariance_section(results["models"])] if equivariance else []
+            sections += [interpolation_section(results["models"])] if interpolation else []
             write_report(results, folder / "report.html", sections)
             checkpoints.clear()
     remedy = f"All others were measured: see {folder / 'results.json'}." if folder else "All others were measured."

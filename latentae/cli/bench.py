@@ -79,6 +79,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="encode to a sample of the posterior instead of its mode, as vavae and eqvae do anyway",
     )
     parser.add_argument(
+        "--interpolation",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also measure iFID on the first N images: how real what is decoded between their latents looks",
+    )
+    parser.add_argument(
         "--rate-images",
         type=int,
         metavar="N",
@@ -144,6 +151,7 @@ def run(args: argparse.Namespace) -> int:
         weights=args.weights,
         fetch_weights=args.fetch_weights,
         sample=args.sample or None,
+        interpolation=args.interpolation,
         rate_images=args.rate_images,
         seed=args.seed,
         batch_size=args.batch_size,

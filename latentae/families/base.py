@@ -190,9 +190,11 @@ class Autoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[mi
         return DecoderOutput(sample=pixels, commit_loss=commit_loss) if return_dict else (pixels,)
 
     def _check_latents(self, z: Tensor) -> None:
-        if z.ndim != 4 or not self._accepts_channels(z.shape[1]) or 0 in z.shape:
+        fits = z.ndim == 4 and self._accepts_channels(z.shape[1]) and 0 not in z.shape
+        if not fits or not z.is_floating_point():
             raise RequestError(
-                f"decode got latents of shape {tuple(z.shape)}; expected (B, {self.latent_channels}, h, w)."
+                f"decode got latents of shape {tuple(z.shape)} in {z.dtype}; expected floats "
+                f"(B, {self.latent_channels}, h, w)."
             )
 
     def indices_of(self, latents: Tensor) -> Tensor:

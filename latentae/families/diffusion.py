@@ -204,6 +204,8 @@ class DiffusionAutoencoder(Autoencoder):
             raise RequestError(
                 f"decode got {len(generator)} generators for {len(z)} images: give one for each, or one."
             )
+        if any(not isinstance(one, torch.Generator) for one in _listed(generator)):
+            raise RequestError(f"decode got {generator!r} for a generator: give a torch.Generator, a list, or None.")
         if generator is None:
             canvas = noise_canvas(self._internal_dict["decode_seed"], height, width)
             return canvas.to(z.device).expand(len(z), -1, -1, -1)
@@ -275,6 +277,10 @@ class DiffusionAutoencoder(Autoencoder):
                 "diffusion model (z / scaling_factor + shift_factor).",
                 stacklevel=4,
             )
+
+
+def _listed(generator: Any) -> list[Any]:
+    return generator if isinstance(generator, list) else [] if generator is None else [generator]
 
 
 def _check_steps(steps: Any) -> None:

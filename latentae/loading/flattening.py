@@ -32,7 +32,9 @@ def _save_with_code(self, save_directory, **options):
     import shutil
     from pathlib import Path
 
-    super({name}, self).save_config(save_directory, **options)
+    from diffusers import ConfigMixin
+
+    ConfigMixin.save_config(self, save_directory, **options)  # by super(), {name} may be another class by now
     path = Path(save_directory, "config.json")
     config = {{**json.loads(path.read_text()), "auto_map": {{"AutoModel": f"{{Path(__file__).stem}}.{name}"}}}}
     path.write_text(json.dumps(config, indent=2) + "\\n")

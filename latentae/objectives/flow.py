@@ -98,9 +98,13 @@ class Denoising:
     def check(self, autoencoder: Any) -> None:
         """Refuse an autoencoder that this cannot train, before the training begins."""
         if not getattr(autoencoder, "samples", False):
+            kind = type(autoencoder).__name__
+            plain = (
+                f"this {kind} predicts the pixels at once" if hasattr(autoencoder, "denoise") else f"{kind} has none"
+            )
             raise RequestError(
-                f"model.denoising is for autoencoders with a diffusion decoder; {type(autoencoder).__name__} has none: "
-                "leave it out, or take a preset such as dito-b-f8c4."
+                f"model.denoising is for autoencoders with a diffusion decoder; {plain}: leave it out, or take a "
+                "preset such as dito-b-f8c4."
             )
 
     def __call__(self, autoencoder: Any, latents: Tensor, target: Tensor, earliest: Tensor | None = None) -> Denoised:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from latentae.errors import RequestError
+from latentae.errors import MissingWeights, RequestError
 from latentae.nn.lpips import lpips_network
 from latentae.objectives.frequency import gaussian_blur
 from latentae.objectives.terms import Step, Term
@@ -32,7 +32,10 @@ class LPIPS(Term):
 
     def __init__(self, weight: float = 1.0, net: Literal["vgg", "alex"] = "vgg", path: str | None = None):
         super().__init__(weight)
-        file = find_weight_file({"vgg": "vgg16", "alex": "alexnet"}[net], path)
+        try:
+            file = find_weight_file({"vgg": "vgg16", "alex": "alexnet"}[net], path)
+        except MissingWeights as error:
+            raise MissingWeights(f"{error} Or train without it: --model.objective.lpips null.") from error
         self._network = (lpips_network(net, open_state_dict(file)),)  # a tuple hides it from nn.Module
 
     def measure(self, step: Step) -> Tensor:

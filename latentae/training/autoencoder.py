@@ -18,6 +18,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.parametrize import is_parametrized
 
 from latentae.codec import posterior_of, spatial_ratio
+from latentae.console import say
 from latentae.errors import DataError, RequestError
 from latentae.metrics.image import LPIPSMetric, psnr, ssim
 from latentae.nn.pixels import to_float, to_uint8
@@ -131,6 +132,11 @@ class AutoencoderModule(pl.LightningModule):
         self.denoising = denoising or (Denoising() if getattr(built, "samples", False) else None)
         if self.denoising:
             self.denoising.check(built)
+            if denoising is None and not any(isinstance(term, FlowMatching) for term in objective.values()):
+                say(
+                    f"This {type(built).__name__} has a diffusion decoder and the objective no FlowMatching term, the "
+                    "diffusion loss: all terms look at its estimate of the image at evenly drawn times."
+                )
         self.loss_by_time = LossByTime()
         self.window = Window()
         self.samples_seen = 0  # images of all ranks, up to the last step that ended

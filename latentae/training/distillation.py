@@ -89,7 +89,7 @@ class StepDistillation(Denoising):
 
     Raises:
         MissingWeights: there is no such teacher.
-        RequestError: it has no diffusion decoder, or the student's encoder would train.
+        RequestError: it has no diffusion decoder or another encoder, or the student's encoder would train.
     """
 
     def __init__(
@@ -102,7 +102,11 @@ class StepDistillation(Denoising):
         if steps < 1:
             raise RequestError(f"StepDistillation needs at least one step of the teacher, not {steps}.")
         model: Any = teacher if isinstance(teacher, nn.Module) else load(teacher)
-        super().check(model)
+        if not getattr(model, "samples", False):
+            raise RequestError(
+                f"The teacher of StepDistillation needs a diffusion decoder, which this {type(model).__name__} has "
+                "not: give a run or a folder of a DiTo or a SWYCC."
+            )
         self.teacher: Any = LatentCodec(model.requires_grad_(False), dtype=getattr(torch, precision)).autoencoder
         self.steps = steps
 
@@ -122,6 +126,11 @@ class StepDistillation(Denoising):
                 f"The teacher of StepDistillation decodes {theirs} latents, the autoencoder in training {own}: start "
                 "from the teacher, as model.autoencoder.pretrained."
             )
+        if not _equal_encoders(autoencoder, self.teacher):
+            raise RequestError(
+                "The teacher of StepDistillation decodes the latents of another encoder than that of the autoencoder "
+                "in training: give model.autoencoder.pretrained and model.denoising.teacher the same run."
+            )
         autoencoder.register_to_config(num_inference_steps=1)
 
     def __call__(self, autoencoder: Any, latents: Tensor, target: Tensor, earliest: Tensor | None = None) -> Denoised:
@@ -132,6 +141,17 @@ class StepDistillation(Denoising):
         times = self.times.draw(per_image(target))
         condition = autoencoder.condition(latents)
         return Denoised(sample, autoencoder.denoise(noise, times, condition), times, condition.base)
+
+
+def _equal_encoders(autoencoder: nn.Module, teacher: nn.Module) -> bool:
+    """Whether both encode alike, in the precision of the teacher."""
+    own, theirs = (
+        {name: value for name, value in model.state_dict().items() if name.startswith(("encoder.", "quant_conv."))}
+        for model in (autoencoder, teacher)
+    )
+    return own.keys() == theirs.keys() and all(
+        own[name].shape == value.shape and torch.equal(own[name].to(value), value) for name, value in theirs.items()
+    )
 
 
 def _gaussian(posterior: Any) -> tuple[Tensor, Tensor]:

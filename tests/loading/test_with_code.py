@@ -109,6 +109,7 @@ import sys
 sys.modules["latentae"] = None
 from diffusers import AutoModel
 first = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
+AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)  # which makes the class anew
 first.save_pretrained(sys.argv[2])
 second = AutoModel.from_pretrained(sys.argv[2], trust_remote_code=True)
 assert all((a == b).all() for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))

@@ -505,12 +505,23 @@ def test_what_cannot_be_distilled_is_refused(runs, dito_run):
     ]:
         with pytest.raises(RequestError, match=f"decodes f8c4 latents, the autoencoder in training {shape}"):
             runs.module(autoencoder={**X0, **options}, denoising=distillation, trainable=["decoder"])
-    with pytest.raises(RequestError, match=r"model\.denoising is for autoencoders with a diffusion decoder; DCAE"):
-        StepDistillation(latentae.create("dc-ae-tiny"))
-    with pytest.raises(RequestError, match=r"diffusion decoder; DiTo has none"):
-        StepDistillation(latentae.create("dito-tiny", prediction="pixels"))
+    for teacher in (latentae.create("dc-ae-tiny"), latentae.create("dito-tiny", prediction="pixels")):
+        with pytest.raises(RequestError, match=r"teacher of StepDistillation needs a diffusion decoder"):
+            StepDistillation(teacher)
+    with pytest.raises(RequestError, match="decodes the latents of another encoder"):
+        runs.module(autoencoder=X0, denoising=distillation, trainable=["decoder"])
+    glpto = {"preset": "dito-tiny", "prediction": "pixels"}
+    with pytest.raises(RequestError, match="this DiTo predicts the pixels at once"):
+        runs.module(autoencoder=glpto, denoising=Denoising())
     with pytest.raises(RequestError, match="at least one step of the teacher, not 0"):
         StepDistillation(str(dito_run), steps=0)
+
+
+def test_a_plain_objective_on_a_sampler_is_said(runs, capsys):
+    runs.module(autoencoder={"preset": "dito-tiny"}, objective={"l2": L2()})
+    assert "the objective no FlowMatching term" in capsys.readouterr().err
+    runs.module(autoencoder={"preset": "dito-tiny"}, objective={"flow": FlowMatching()})
+    assert not capsys.readouterr().err
 
 
 def test_encoders_that_dito_cannot_have_are_refused(tmp_path):

@@ -241,7 +241,7 @@ def test_a_paper_s_recipe_without_lpips_weights_says_how_to_get_them(tmp_path, m
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.delenv("LATENTAE_WEIGHTS", raising=False)
     smaller = ["--model.autoencoder.preset", "dc-ae-tiny", "--trainer.devices", "1", "--run_dir", str(tmp_path / "run")]
-    with pytest.raises(MissingWeights, match=r"vgg16-397923af\.pth"):
+    with pytest.raises(MissingWeights, match=r"vgg16-397923af\.pth.*--model\.objective\.lpips null"):
         fit_command(["--config", "dcae/f32c32-phase1", "--data.path", str(folder), *smaller])
     assert not (tmp_path / "run").exists(), "nothing has begun"
 

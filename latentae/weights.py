@@ -25,7 +25,6 @@ class WeightFile:
     url: str
     sha256_prefix: str
     used_by: str
-    without: str
 
 
 WEIGHT_FILES = {
@@ -33,22 +32,19 @@ WEIGHT_FILES = {
         "vgg16-397923af.pth",
         "https://download.pytorch.org/models/vgg16-397923af.pth",
         "397923af",
-        "LPIPS (vgg)",
-        "train without it by --model.objective.lpips null, or evaluate with psnr and ssim",
+        "LPIPS (vgg) and DISTS",
     ),
     "alexnet": WeightFile(
         "alexnet-owt-7be5be79.pth",
         "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
         "7be5be79",
         "LPIPS (alex)",
-        "evaluate with psnr and ssim",
     ),
     "inception": WeightFile(
         "weights-inception-2015-12-05-6726825d.pth",
         "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
         "6726825d",
-        "rFID",
-        "evaluate with psnr and ssim",
+        "rFID, KID, precision and recall",
     ),
     "i3d": WeightFile(
         "i3d_torchscript.pt",
@@ -56,7 +52,6 @@ WEIGHT_FILES = {
         # All of it: this file is a program.
         "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2",
         "rFVD",
-        "evaluate the frames with psnr and ssim",
     ),
 }
 
@@ -110,9 +105,8 @@ def find_weight_file(name: str, path: str | Path | None = None, *, verify: bool 
                 )
             return candidate
     raise MissingWeights(
-        f"{wanted.used_by} needs {wanted.name}, not found in {' or '.join(map(str, folders))}: fetch it with "
-        f"'curl -L --create-dirs -o {folders[0] / wanted.name} {wanted.url}' or by bench --fetch-weights, or "
-        f"{wanted.without}."
+        f"{wanted.name}, of {wanted.used_by}, is not found in {' or '.join(map(str, folders))}: fetch it with "
+        f"'curl -L --create-dirs -o {folders[0] / wanted.name} {wanted.url}' or by bench --fetch-weights."
     )
 
 

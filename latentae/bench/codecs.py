@@ -3,6 +3,7 @@
 import io
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -42,6 +43,8 @@ def classical_codec(name: str) -> ClassicalCodec | None:
     Raises:
         RequestError: a quality that the format does not have, or a format that this Pillow does not write.
     """
+    if name in FORMATS and not Path(name).exists():
+        raise RequestError(f"{name} needs a quality: say {name}:75.")
     match = re.fullmatch(rf"({'|'.join(FORMATS)}):(.*)", name)
     if match is None:
         return None

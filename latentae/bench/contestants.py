@@ -81,7 +81,7 @@ def open_contestants(
         inner = opened.autoencoder if isinstance(opened, LatentCodec) else opened
         contestants.append(Contestant(name or type(inner).__name__, opened, where, precision))
     if decode_steps:
-        contestants = _by_steps(contestants, decode_steps)
+        contestants = _by_steps(contestants, list(dict.fromkeys(decode_steps)))
     names = [contestant.name for contestant in contestants]
     for name in names:
         if names.count(name) > 1:

@@ -41,23 +41,29 @@ class ReconstructionFolder:
         """A hash of the names and sizes of its files."""
         return sha256_json([[item.key, item.size] for item in self.items.values()])
 
-    def read(self, batch: Batch, images: ImageSet) -> tuple[Tensor, dict[int, str]]:
+    def read(self, batch: Batch, images: ImageSet) -> tuple[Tensor, dict[int, str], dict[int, str]]:
         """Float pixels (B, 3, size, size) of the reconstructions of a batch, NaN where there is none to measure.
 
         Returns:
-            The pixels, and by the place of each of the latter why.
+            The pixels; by the place of each of the latter why; by place the size of those that were resized.
         """
         pixels = torch.full(batch.pixels.shape, torch.nan)
         reasons: dict[int, str] = {}
+        resized: dict[int, str] = {}
         for i, place in enumerate(batch.places):
             found = self._read(images.items[place], images)
             if isinstance(found, str):
                 reasons[place] = found
-            else:
-                pixels[i] = to_float(to_tensor(found))
-        return pixels, reasons
+                continue
+            height, width = found.shape[:2]
+            if (height, width) != (images.size, images.size):
+                resized[place] = f"{width}x{height}"
+                found = images.crop(found, images.size)
+            pixels[i] = to_float(to_tensor(found))
+        return pixels, reasons, resized
 
     def _read(self, original: Item, images: ImageSet) -> np.ndarray | str:
+        """The reconstruction, of the size of the crop or of the original; or why there is none."""
         candidates = [self.items[original.key]] if original.key in self.items else self.by_stem.get(_stem(original.key))
         if not candidates:
             return f"there is no image of that name in {self.path}"
@@ -66,17 +72,26 @@ class ReconstructionFolder:
         try:
             image = decode_image(self.source.read(candidates[0]))
         except BadImage as error:
-            return f"its reconstruction cannot be decoded: {error.explanation}"
+            return f"its reconstruction cannot be decoded: {error.explanation.rstrip('.')}"
         height, width = image.shape[:2]
         if (height, width) == (images.size, images.size):
             return image
         size = probe_size(images.source.read(original))
         if (height, width) == size:
-            return images.crop(image, images.size)
+            return image
         return (
             f"its reconstruction is {width}x{height} px; expected {images.size}x{images.size}, or the original's "
             f"{size[1]}x{size[0]}"
         )
+
+
+def warn_of_resizing(sizes: dict[int, str], size: int) -> str:
+    """What readers must know of reconstructions of these sizes that were cropped like their originals."""
+    several = " and other sizes" if len(set(sizes.values())) > 1 else ""
+    return (
+        f"{len(sizes)} reconstructions of {sizes[min(sizes)]} px{several} were cropped and resized to {size} px with "
+        "their originals, which hides errors: compare only with models that decoded at full size."
+    )
 
 
 def reconstruction_folder(name: str | Path) -> ReconstructionFolder | None:

@@ -3,16 +3,17 @@
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from latentae.bench.altered import AlteredLatents
+from latentae.bench.altered import PERFECT, AlteredLatents
 from latentae.bench.checkpoints import Checkpoints
 from latentae.bench.codecs import ClassicalCodec
 from latentae.bench.diagnostics import LatentDiagnostics
 from latentae.bench.equivariance import LatentEquivariance
-from latentae.bench.folders import ReconstructionFolder
-from latentae.bench.images import ImageFacts, ImageSet
+from latentae.bench.folders import ReconstructionFolder, warn_of_resizing
+from latentae.bench.images import Batch, ImageFacts, ImageSet
 from latentae.bench.interpolation import LatentInterpolation
 from latentae.bench.latents import LatentStatistics
 from latentae.bench.pairs import Pair
@@ -22,6 +23,7 @@ from latentae.bench.samples import Samples
 from latentae.bench.state import dump_state, load_state, merge, merge_attributes, metrics_of
 from latentae.codec import LatentCodec
 from latentae.console import Progress
+from latentae.metrics.image import psnr
 from latentae.nn.pixels import to_float
 from latentae.store.decode import noise_generator
 from latentae.store.worker import key_generator
@@ -35,7 +37,7 @@ class Pass:
         facts: of the images, which fill up on the way.
         quality: the metrics; rFID's originals are counted in the first pass only.
         seed: of the noise from which a decoder that samples starts.
-        altered: on how many images to measure rate and robustness.
+        rated: on how many images, the first ones, to measure rate and robustness.
         equivariance: on how many images to measure it.
         interpolation: on how many images to measure iFID.
     """
@@ -48,7 +50,7 @@ class Pass:
         quality: Quality,
         *,
         seed: int,
-        altered: int,
+        rated: int,
         equivariance: int,
         interpolation: int,
     ):
@@ -59,11 +61,12 @@ class Pass:
         self.equivariance: LatentEquivariance | None = None
         self.altered: AlteredLatents | None = None
         self.interpolation: LatentInterpolation | None = None
-        self.file_sizes: FileSizes | None = None
+        self.files: FirstFiles | None = None
+        self.resized: dict[int, str] = {}  # of a folder's reconstructions, the size before, by place
         if isinstance(codec, ClassicalCodec):
-            self.file_sizes = FileSizes()
+            self.files = FirstFiles(rated)
         elif isinstance(codec, LatentCodec):
-            self.altered = AlteredLatents(codec, partial(_noise, seed), altered)
+            self.altered = AlteredLatents(codec, partial(_noise, seed), rated)
             if interpolation:
                 self.interpolation = LatentInterpolation(codec, partial(_noise, seed), interpolation, quality)
             self.equivariance = LatentEquivariance(codec, equivariance, quality) if equivariance else None
@@ -75,12 +78,15 @@ class Pass:
 
     def merge(self, other: "Pass") -> None:
         merge_attributes(self, other)
+        self.resized |= other.resized
 
-    def results(self) -> dict[str, Any]:
-        """All figures that come from the images."""
+    def results(self, size: int) -> dict[str, Any]:
+        """All figures that come from the images, of this size."""
         quality = self.measurement.results()
+        if self.resized:
+            quality["warnings"].append(warn_of_resizing(self.resized, size))
         if self.altered is None:  # there are no latents
-            rate = self.file_sizes.rate(quality["metrics"]) if self.file_sizes else None
+            rate = self.files.rate() if self.files else None
             return {**quality, "latents": {}, "rate": rate, "noise_robustness": None}
         figures = self.statistics.results() | self.diagnostics.results()
         if self.equivariance:
@@ -90,23 +96,30 @@ class Pass:
         return {**quality, "latents": figures, **self.altered.results()}
 
 
-class FileSizes:
-    """Bits and pixels of the files of a classical codec."""
+class FirstFiles:
+    """Rate and distortion of the files of a classical codec, of the first ``count`` images, as `AlteredLatents` has it.
 
-    def __init__(self) -> None:
-        self.bits = self.pixels = self.images = 0
+    Attributes:
+        kept: of each image its place in the order, bits per pixel and PSNR.
+    """
 
-    def add(self, bits: int, pixels: int) -> None:
-        self.bits, self.pixels, self.images = self.bits + bits, self.pixels + pixels, self.images + 1
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.kept: list[tuple[int, float, float]] = []
 
-    def merge(self, other: "FileSizes") -> None:
-        self.bits, self.pixels = self.bits + other.bits, self.pixels + other.pixels
-        self.images += other.images
+    def add(self, place: int, bits_per_pixel: float, quality: float) -> None:
+        if len(self.kept) < self.count:
+            self.kept.append((place, bits_per_pixel, min(quality, PERFECT)))
 
-    def rate(self, metrics: dict[str, Any]) -> dict[str, Any] | None:
-        if not self.images:
+    def merge(self, other: "FirstFiles") -> None:
+        """Take what another process kept, so that the first images of all are left."""
+        self.kept = sorted(self.kept + other.kept)[: self.count]
+
+    def rate(self) -> dict[str, Any] | None:
+        if not self.kept:
             return None
-        return {"images": self.images, "bits_per_pixel": self.bits / self.pixels, "psnr": metrics["psnr"]}
+        _, bits, quality = zip(*self.kept)
+        return {"images": len(self.kept), "bits_per_pixel": float(np.mean(bits)), "psnr": float(np.mean(quality))}
 
 
 def measure(
@@ -139,9 +152,10 @@ def measure(
             z: Tensor | None = None
             reasons: dict[int, str] = {}
             if isinstance(codec, ClassicalCodec):
-                pixels = _through_files(codec, originals, current)
+                pixels = _through_files(codec, batch, current)
             elif isinstance(codec, ReconstructionFolder):
-                pixels, reasons = codec.read(batch, images)
+                pixels, reasons, resized = codec.read(batch, images)
+                current.resized |= resized
             else:
                 latents = codec.encode(originals, sample=sample, generator=_generators(seed, keys))
                 pixels = codec.decode(latents, generator=_noise(seed, keys))  # (B, 3, size, size)
@@ -173,14 +187,15 @@ def measure(
     return current, parts[0] if parts else None
 
 
-def _through_files(codec: ClassicalCodec, originals: Tensor, current: Pass) -> Tensor:
-    """What files keep of uint8 images (B, 3, H, W), as float pixels; counts their sizes."""
-    assert current.file_sizes is not None
+def _through_files(codec: ClassicalCodec, batch: Batch, current: Pass) -> Tensor:
+    """What files keep of the images of a batch, as float pixels (B, 3, H, W); counts their sizes."""
+    assert current.files is not None
     images = []
-    for original in originals:
-        image, bits = codec.reconstruct(original.permute(1, 2, 0).numpy())
-        current.file_sizes.add(bits, image.shape[0] * image.shape[1])
-        images.append(torch.from_numpy(image).permute(2, 0, 1))
+    for place, original in zip(batch.places, batch.pixels):
+        array, bits = codec.reconstruct(original.permute(1, 2, 0).numpy())
+        image = torch.from_numpy(array).permute(2, 0, 1)
+        current.files.add(place, bits / (image.shape[1] * image.shape[2]), psnr(image[None], original[None]).item())
+        images.append(image)
     return to_float(torch.stack(images))
 
 

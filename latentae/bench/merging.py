@@ -38,6 +38,9 @@ def merge_results(paths: Sequence[str | Path], *, out: str | Path | None = None,
             raise RequestError(f"--merge: there is no file {file}.")
     if folder and any(folder.resolve() == file.parent.resolve() for file in files):
         raise RequestError(f"--merge would write over {folder}, which it reads: choose another --out.")
+    resolved = [file.resolve() for file in files]
+    if twice := next((file for file in files if resolved.count(file.resolve()) > 1), None):
+        raise RequestError(f"--merge got {twice} twice: name each results.json once.")
     parts = [read_results(file) for file in files]
     differences = {file: _differences(parts[0], part) for file, part in zip(files, parts)}
     if not force and (different := next((file for file in files if differences[file]), None)):
@@ -77,7 +80,8 @@ def _differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
         return [f"the protocol ({_of(one, 'preset')} and {_of(other, 'preset')})"]
     weights, others = one["metric_weights_sha256"], other["metric_weights_sha256"]
     names += [f"the weights of {name}" for name in weights if others.get(name, weights[name]) != weights[name]]
-    return [name.replace("_sha256", "") for name in names]
+    words = {"images": "their images", "images_sha256": "their images"}
+    return list(dict.fromkeys(words.get(name, name.replace("_sha256", "")) for name in names))
 
 
 def _of(results: dict[str, Any], name: str) -> Any:

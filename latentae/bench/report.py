@@ -26,7 +26,15 @@ from latentae.bench.plots import (
     rate_distortion,
 )
 from latentae.bench.quality import HIGHER_IS_BETTER, METRICS
-from latentae.bench.results import COST_HEADER, DIGITS, LABELS, cost_conditions, cost_rows, format_metric
+from latentae.bench.results import (
+    COST_HEADER,
+    DIGITS,
+    LABELS,
+    cost_conditions,
+    cost_rows,
+    format_metric,
+    rated_images,
+)
 from latentae.bench.tables import conditions, latent_statistics, results_table, worst_images
 from latentae.errors import MissingExtra
 from latentae.files import atomic_write
@@ -71,7 +79,7 @@ def write_report(results: dict[str, Any], path: str | Path, extra_sections: Sequ
         table=results_table(results),
         plots={
             "rate": rate_distortion(models),
-            "rate_images": _rate_images(models),
+            "rate_images": rated_images(models),
             "allowed_loss": ALLOWED_LOSS,
             "noise": noise_robustness(models),
             "cost": cost_quality(models),
@@ -116,12 +124,6 @@ def require_report() -> Any:
     environment.globals |= {"marks": MARKS, "frame": FRAME, "legend": legend}
     environment.filters["embed"] = lambda pixels: _data_uri(Image.fromarray(pixels))
     return environment
-
-
-def _rate_images(models: list[dict[str, Any]]) -> str:
-    """Of how many images the rates are, where it is said."""
-    counts = {model["rate"]["images"] for model in models if (model.get("rate") or {}).get("images")}
-    return " to ".join(f"{count:,}" for count in sorted({min(counts), max(counts)})) if counts else ""
 
 
 def _protocols(results: dict[str, Any]) -> dict[str, list[tuple[str, str]]]:

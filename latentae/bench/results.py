@@ -52,8 +52,20 @@ def read_results(path: Path | str) -> dict[str, Any]:
 
 
 def measured_metrics(results: dict[str, Any]) -> list[str]:
-    """The metrics that at least one model has a value for, in the order of `METRICS`."""
-    return [name for name in METRICS if any(m["metrics"].get(name) is not None for m in results["models"])]
+    """The metrics that at least one model has a value for, in the order of `METRICS`; PSNR where it is infinite."""
+    models = results["models"]
+    return [
+        name
+        for name in METRICS
+        if any(m["metrics"].get(name) is not None or (name == "psnr" and m.get("identical")) for m in models)
+    ]
+
+
+def row_name(model: dict[str, Any]) -> str:
+    """The name of a model, and where some images could not be measured, of how many its figures are."""
+    lacking = len(model.get("failed", []))
+    of = f", {model['images']:,} of {model['images'] + lacking:,} images" if lacking else ""
+    return model["name"] + of
 
 
 def steps_label(model: dict[str, Any]) -> str:
@@ -162,9 +174,18 @@ def rate_rows(models: Sequence[dict[str, Any]]) -> list[list[str]]:
 
 def rate_conditions(models: Sequence[dict[str, Any]]) -> str:
     """What the figures of `rate_rows` are."""
-    images = next((model["rate"]["images"] for model in models if "step" in (model.get("rate") or {})), None)
-    latents = f" of latents of {images} images, rounded as coarsely as costs at most 0.1 dB" if images else ""
-    return f"bits: empirical entropy, channel by channel,{latents}; of files all of their bytes."
+    rates = [model["rate"] for model in models if model.get("rate")]
+    what = ["empirical entropy of latents, channel by channel, rounded as coarsely as costs at most 0.1 dB"]
+    what = what if any("step" in rate for rate in rates) else []
+    what += ["the names of codes"] if any("codes" in rate for rate in rates) else []
+    what += ["all bytes of files"] if any(not {"step", "codes"} & rate.keys() for rate in rates) else []
+    return f"bits: {'; '.join(what)}; bits and PSNR of {rated_images(models)}."
+
+
+def rated_images(models: Sequence[dict[str, Any]]) -> str:
+    """Of which images the rates are; nothing if there are none."""
+    counts = {model["rate"]["images"] for model in models if (model.get("rate") or {}).get("images")}
+    return f"the first {' to '.join(f'{n:,}' for n in sorted({min(counts), max(counts)}))} images" if counts else ""
 
 
 DIAGNOSTICS_HEADER = (
@@ -208,7 +229,7 @@ def summarise(results: dict[str, Any]) -> str:
     header += ["encode img/s", "decode img/s"] if with_speed else []
     rows = []
     for model in results["models"]:
-        row = [model["name"], shape_label(model), *([steps_label(model) or "–"] if sampled else [])]
+        row = [row_name(model), shape_label(model), *([steps_label(model) or "–"] if sampled else [])]
         row += [format_metric(name, model["metrics"].get(name)) for name in metrics]
         if with_speed:
             speed = model["speed"]
@@ -222,20 +243,19 @@ def summarise(results: dict[str, Any]) -> str:
             *(format_metric(name, baseline.get(name)) for name in metrics),
         ]
         rows.append(row + ["–"] * (len(header) - len(row)))
-    protocol, versions = results["protocol"], results["versions"]
-    shown = ["crop", "range", "encode", "dtype", "quantisation", *metrics, "remark"]
-    foot = [
-        f"protocol {protocol['preset']} ({protocol['of']}), {results['protocol_sha256'][:12]}: {protocol['images']} "
-        f"images of {protocol['size']} px"
-    ]
-    foot += [f"  {name}: {protocol[name]}" for name in shown if name in protocol]
+    parts = {part["protocol_sha256"]: part for part in results.get("merged") or [results]}
+    foot = [line for part in parts.values() for line in _protocol_lines(part, metrics)]
+    if len(parts) > 1:
+        foot.append(f"These are {len(parts)} protocols: figures of one do not compare with figures of another.")
     if sampled:
         foot.append(f"  decoders that sample: from noise seeded by {sampled[0]['seed']} and the image's name")
     for model in results["models"]:
         between = model["latents"].get("interpolation") or {}
         if between.get("ifid") is not None:
             foot.append(f"  iFID of {model['name']}: {between['ifid']:.3g}, of {between['images']} images")
-    foot += ["versions: " + ", ".join(f"{name} {version}" for name, version in versions.items() if version)]
+    versions = [part["versions"] for part in parts.values()]
+    lines = ["versions: " + ", ".join(f"{name} {number}" for name, number in one.items() if number) for one in versions]
+    foot += dict.fromkeys(lines)
     cost = [format_table(list(COST_HEADER), cost_rows(results)), cost_conditions(results)]
     if grid := grid_rows(results["models"]):
         cost += ["", format_table(list(GRID_HEADER), grid)]
@@ -243,3 +263,13 @@ def summarise(results: dict[str, Any]) -> str:
     models = [model for model in results["models"] if model.get("rate")]
     size = [format_table(list(RATE_HEADER), rate_rows(models)), rate_conditions(models), ""] if models else []
     return "\n".join([format_table(header, rows), "", *size, *cost, "", latents, "", *foot])
+
+
+def _protocol_lines(part: dict[str, Any], metrics: Sequence[str]) -> list[str]:
+    protocol = part["protocol"]
+    shown = ["crop", "range", "encode", "dtype", "quantisation", *metrics, "remark"]
+    return [
+        f"protocol {protocol['preset']} ({protocol['of']}), {part['protocol_sha256'][:12]}: {protocol['images']} "
+        f"images of {protocol['size']} px",
+        *(f"  {name}: {protocol[name]}" for name in shown if name in protocol),
+    ]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from latentae.bench.checkpoints import Checkpoints
-from latentae.bench.contestants import Model, describe, open_contestants
+from latentae.bench.contestants import Contestant, Model, describe, open_contestants
 from latentae.bench.crops import CROPS
 from latentae.bench.diagnostics import codebook_section, diagnostics_section
 from latentae.bench.equivariance import equivariance_section
@@ -89,7 +89,8 @@ def bench(
         seed: with the name of an image, the seed of its sample and of decoders that draw noise.
         device, dtype: where and in which precision models run, by default a GPU if there is one and float32; codecs
             are taken as they are.
-        max_bad: how many images may be broken, as a share of all (float) or as a number (int).
+        max_bad: how many images may be broken, as a share of all (float) or as a number (int); of a folder of
+            reconstructions, those that are missing or broken count too.
         workers: threads that read and decode.
         speed: measure throughput and memory, in batches of ``speed_batch_size``: by default ``batch_size`` on a GPU
             and 1 elsewhere.
@@ -102,8 +103,8 @@ def bench(
             times the work for each; it is in ``latents``, with R-rFID where rFID is measured.
         interpolation: on how many images to measure iFID, which needs rFID's weights and one decoding more for each;
             it is in ``latents``.
-        rate_images: on how many images to measure the bits of the latents and how robust they are, which decodes each
-            nine times more; 32 on a GPU and 8 elsewhere by default.
+        rate_images: on how many images, the first ones, to measure the bits of latents and files, and how robust
+            latents are, which decodes each nine times more; 32 on a GPU and 8 elsewhere by default.
         baselines: rows ``{"name", "psnr"}`` for the table, see `latentae.bench.baselines`.
         extra_sections: sections for the report.
 
@@ -116,17 +117,12 @@ def bench(
         RequestError: a model, option or metric that cannot be had; nothing was measured.
         DataError: more images than ``max_bad`` are broken; the others were measured and written to ``out``.
     """
-    if (
-        size < SMALLEST_SIZE
-        or batch_size < 1
-        or (limit is not None and limit < 1)
-        or min(equivariance, interpolation, rate_images or 0) < 0
-    ):
-        raise RequestError(
-            f"bench got size {size}, batch_size {batch_size}, limit {limit}, equivariance {equivariance}, "
-            f"interpolation {interpolation}, rate_images {rate_images}: the size must be at least {SMALLEST_SIZE}, the "
-            "next two at least 1, the others at least 0."
-        )
+    lowest = {"size": SMALLEST_SIZE, "batch_size": 1, "limit": 1, "equivariance": 0, "interpolation": 0}
+    given = {"size": size, "batch_size": batch_size, "limit": limit, "equivariance": equivariance}
+    given |= {"interpolation": interpolation, "rate_images": rate_images, "report_images": report_images}
+    for option, value in given.items():
+        if value is not None and value < lowest.get(option, 0):
+            raise RequestError(f"{option}={value}: it must be at least {lowest.get(option, 0)}.")
     check_max_bad(max_bad)
     folder = None if out is None else Path(out)
     if folder:
@@ -146,8 +142,10 @@ def bench(
     samples = Samples(folder, images, len(contestants), report_images)
     with Processes() as processes:
         if processes.is_first:
-            for metric, reason in quality.skipped.items():
-                say(f"{metric} is not measured: {reason}")
+            reasons = dict.fromkeys(quality.skipped.values())
+            for reason in reasons:  # one missing file is one line
+                lacking = ", ".join(metric for metric, why in quality.skipped.items() if why == reason)
+                say(f"{lacking} not measured: {reason}")
         plan = {
             "images": sha256_json([[item.key, item.size] for item in images.items]),
             "models": [[contestant.name, contestant.identity()] for contestant in contestants] if folder else None,
@@ -170,6 +168,7 @@ def bench(
         measured = checkpoints.finished
         if measured:
             images.facts = ImageFacts.from_json(measured[-1]["images"])
+        rated = _rated_images(rate_images, contestants)
         for index in range(len(contestants)):
             contestant = contestants.pop(0)  # and with it goes its memory
             if index < len(measured):
@@ -182,7 +181,7 @@ def bench(
                     images.facts,
                     quality,
                     seed=seed,
-                    altered=_altered_images(rate_images, codec.device),
+                    rated=rated,
                     equivariance=equivariance,
                     interpolation=interpolation,
                 )
@@ -201,7 +200,7 @@ def bench(
                 quality = current.quality
                 entry: dict[str, Any] = {}
                 if whole:
-                    figures = whole.results()
+                    figures = whole.results(size)
                     speed_batch = speed_batch_size or (batch_size if codec.device.type == "cuda" else 1)
                     timing, grid = None, list[dict[str, Any]]()
                     if speed and figures["images"] and isinstance(codec, LatentCodec):
@@ -241,7 +240,8 @@ def bench(
             write_report(results, folder / "report.html", sections)
             checkpoints.clear()
     remedy = f"All others were measured: see {folder / 'results.json'}." if folder else "All others were measured."
-    refuse_too_many_bad([error.reason for error in images.bad.values()], len(images.items), max_bad, remedy)
+    bad = [error.reason for error in images.bad.values()]
+    _refuse_too_many_missing(results, bad, len(images.items), max_bad, remedy)
     if images.bad and processes.is_first:
         say(f"{len(images.bad)} of {len(images.items)} images are bad and were left out, {min(images.bad)} first.")
     return results
@@ -277,5 +277,19 @@ def _common(models: list[dict[str, Any]], key: str) -> str:
     return values.pop() if len(values) == 1 else "differs: see each model"
 
 
-def _altered_images(wanted: int | None, device: torch.device) -> int:
-    return wanted if wanted is not None else 32 if device.type == "cuda" else 8
+def _rated_images(wanted: int | None, contestants: Sequence[Contestant]) -> int:
+    """The same for all, so that their rates compare."""
+    if wanted is not None:
+        return wanted
+    return 32 if any(contestant.device.type == "cuda" for contestant in contestants) else 8
+
+
+def _refuse_too_many_missing(results: dict[str, Any], bad: list[str], inputs: int, max_bad: float, remedy: str) -> None:
+    """Images that cannot be read count as bad, and for a folder those whose reconstruction is missing or broken."""
+    lacking = [
+        [f"without a reconstruction in {model['name']} that can be measured"] * len(model["failed"])
+        for model in results["models"]
+        if "files_sha256" in model
+    ]
+    for reasons in ([], *lacking):
+        refuse_too_many_bad([*bad, *reasons], inputs, max_bad, remedy)

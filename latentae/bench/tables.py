@@ -4,7 +4,7 @@ from typing import Any
 
 from latentae.bench.plots import is_reference
 from latentae.bench.quality import HIGHER_IS_BETTER
-from latentae.bench.results import LABELS, format_metric, measured_metrics, shape_label, steps_label
+from latentae.bench.results import LABELS, format_metric, measured_metrics, row_name, shape_label, steps_label
 from latentae.console import three_figures
 
 COST_COLUMNS = [("Encode", "images/s"), ("Decode", "images/s"), ("Memory", "peak"), ("Parameters", ""), ("GMAC", "")]
@@ -24,9 +24,9 @@ def results_table(results: dict[str, Any]) -> dict[str, Any]:
         for name in metrics:
             value, interval = model["metrics"].get(name), model.get("intervals", {}).get(name)
             note = f"{format_metric(name, interval[0])} – {format_metric(name, interval[1])}" if interval else ""
-            is_best = value is not None and value == best[name] and not is_reference(model)
+            is_best = value is not None and value == best[name] and not is_reference(model) and not model.get("failed")
             cells.append(_cell(format_metric(name, value), note, is_best))
-        rows.append({"name": model["name"], "note": _what_it_is(model), "cells": cells + _cost(model)})
+        rows.append({"name": row_name(model), "note": _what_it_is(model), "cells": cells + _cost(model)})
     for row in results.get("baselines", []):
         cells = [_cell("–")] * (2 if with_rate else 1)
         cells += [_cell(format_metric(name, row.get(name))) for name in metrics]
@@ -135,10 +135,13 @@ def _cell(text: str, note: str = "", best: bool = False) -> dict[str, Any]:
 
 
 def _best(models: list[dict[str, Any]], metric: str) -> float | None:
-    """The best value of the contestants, if there is more than one of one protocol; codecs are no contestants."""
+    """The best value of the contestants, if there is more than one of one protocol; codecs are no contestants.
+
+    Nor is who was measured on a part of the images.
+    """
     if len({model.get("protocol_sha256") for model in models}) > 1:  # merged by force
         return None
-    values = [model["metrics"].get(metric) for model in models if not is_reference(model)]
+    values = [model["metrics"].get(metric) for model in models if not is_reference(model) and not model.get("failed")]
     values = [value for value in values if value is not None]
     if len(values) < 2:
         return None

@@ -2,9 +2,9 @@
 
 Every image is cropped to a square, sent through each model and back, rounded to bytes and compared with itself: PSNR,
 SSIM, MS-SSIM (from 161 px on), GMSD and HaarPSI always; LPIPS, DISTS, rFID, KID, precision and recall where their
-weight files are on this machine (they are never downloaded; a line says which file is missing and how to get it).
-Speed, memory and parameters stand beside them, and what the latents are like: their spectrum, effective rank, intrinsic
-dimension and KL divergence from N(0, 1).
+weight files are on this machine (never downloaded unless --fetch-weights; a line says which file is missing and how to
+get it). Speed, memory and parameters stand beside them, and what the latents are like: their spectrum, effective rank,
+intrinsic dimension and KL divergence from N(0, 1).
 
   latentae bench photos/ --model runs/my-run --model stabilityai/sd-vae-ft-mse --out report/
   latentae bench photos/ --model before=runs/a --model after=runs/b --size 512 --limit 100
@@ -89,8 +89,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rate-images",
         type=int,
         metavar="N",
-        help="images on which to measure the bits of the latents and how robust they are, each decoded nine times "
-        "more; 0 for none (default: 32 on a GPU, 8 elsewhere)",
+        help="measure bits of latents and files on the first N images, and how robust latents are, which decodes each "
+        "nine times more; 0 for none (default: 32 on a GPU, 8 elsewhere)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of --sample and of decoders that draw noise (default: 0)")
     parser.add_argument(
@@ -199,12 +199,12 @@ def words(text: str) -> list[str]:
 
 
 def numbers(option: str, text: str) -> list[int]:
-    """``1,4,8`` as numbers."""
+    """``1,4,8`` as numbers, each once."""
     from latentae.errors import RequestError
 
     if not all(word.isdecimal() and int(word) > 0 for word in words(text)):
         raise RequestError(f"{option} {text}: expected whole numbers such as 1,4,8.")
-    return [int(word) for word in words(text)]
+    return list(dict.fromkeys(int(word) for word in words(text)))
 
 
 def name_and_model(text: str) -> tuple[str, str]:

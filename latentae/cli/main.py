@@ -41,7 +41,8 @@ class Parser(argparse.ArgumentParser):
             known = [option for action in self._actions for option in action.option_strings]
             near = get_close_matches(word.split("=")[0], known, n=1)
             message = f"{word} is not an option of {self.prog}" + (f"; did you mean {near[0]}?" if near else "")
-        print(f"error: {message.rstrip('.')}. See '{self.prog} --help'.", file=sys.stderr)
+        end = "" if message.endswith("?") else "."
+        print(f"error: {message.rstrip('.')}{end} See '{self.prog} --help'.", file=sys.stderr)
         raise SystemExit(2)
 
 

@@ -12,8 +12,10 @@ from torch import nn
 from latentae.bench import quality
 from latentae.bench.results import summarise
 from latentae.bench.run import bench
+from latentae.bench.tables import results_table
+from latentae.cli.main import main
 from latentae.data.transforms import adm_center_crop
-from latentae.errors import MissingWeights
+from latentae.errors import DataError, MissingWeights
 from latentae.files import read_json
 from latentae.metrics.frechet import FrechetDistance
 
@@ -48,7 +50,8 @@ def reconstructed(photo_folder, tmp_path):
 
 
 def test_reconstructions_are_found_by_name_and_measured(photo_folder, reconstructed, tmp_path):
-    results = bench(photo_folder, [("theirs", reconstructed), "dc-ae-tiny"], out=tmp_path / "out", size=40)
+    models = [("theirs", reconstructed), "dc-ae-tiny"]
+    results = bench(photo_folder, models, out=tmp_path / "out", size=40, max_bad=1)
     row = results["models"][0]
     assert row["images"] == 5
     assert [failure["key"] for failure in row["failed"]] == ["f.PNG"]
@@ -60,8 +63,11 @@ def test_reconstructions_are_found_by_name_and_measured(photo_folder, reconstruc
         theirs = theirs if theirs.shape == original.shape else adm_center_crop(theirs, 40)
         assert figures["psnr"] == pytest.approx(peak_signal_noise_ratio(original, theirs, data_range=255), abs=1e-9)
     assert results["models"][1]["images"] == 6
-    assert "theirs" in summarise(results)
-    assert "theirs" in (tmp_path / "out/report.html").read_text()
+    assert "theirs, 5 of 6 images" in summarise(results)
+    assert "\ndc-ae-tiny  " in summarise(results)
+    assert "theirs, 5 of 6 images" in (tmp_path / "out/report.html").read_text()
+    (resized,) = [warning for warning in row["warnings"] if "resized" in warning]
+    assert resized.startswith("1 reconstructions of 61x97 px were cropped and resized to 40 px with their originals")
     assert read_json(tmp_path / "out/results.json") == results
 
 
@@ -70,7 +76,7 @@ def test_other_sizes_are_named_and_the_rest_is_measured(photo_folder, reconstruc
     darker(photo_folder / "f.PNG", reconstructed / "f.png", 40)
     (reconstructed / "e e.png").write_bytes(b"no picture")
     shutil.copyfile(reconstructed / "sub/c.png", reconstructed / "sub/c.jpg")
-    row = bench(photo_folder, [reconstructed], size=40)["models"][0]
+    row = bench(photo_folder, [reconstructed], size=40, max_bad=3)["models"][0]
     reasons = {failure["key"]: failure["reason"] for failure in row["failed"]}
     assert set(reasons) == {"a.png", "e e.jpeg", "sub/c.webp"}
     assert reasons["a.png"] == "its reconstruction is 33x33 px; expected 40x40, or the original's 64x64"
@@ -78,6 +84,24 @@ def test_other_sizes_are_named_and_the_rest_is_measured(photo_folder, reconstruc
     assert "several images" in reasons["sub/c.webp"]
     assert row["images"] == 3
     assert row["metrics"]["psnr"] is not None
+
+
+def test_missing_reconstructions_count_as_bad_when_all_is_written(photo_folder, reconstructed, tmp_path, capsys):
+    out = tmp_path / "out"
+    with pytest.raises(DataError, match=r"1 of 6 inputs are bad \(1 without a reconstruction in theirs.*results\.json"):
+        bench(photo_folder, [("theirs", reconstructed), "jpeg:50"], out=out, size=40)
+    assert [model["images"] for model in read_json(out / "results.json")["models"]] == [5, 6]
+    assert not (out / "progress").exists()
+    command = ["bench", str(photo_folder), "--size", "40", "--model", str(reconstructed)]
+    assert main(command) == 3
+    assert main([*command, "--max-bad", "1"]) == 0
+
+
+def test_who_lacks_images_is_not_the_best(photo_folder, reconstructed):
+    contestants = [("part", reconstructed), ("whole", photo_folder), "dc-ae-tiny"]
+    results = bench(photo_folder, contestants, size=40, max_bad=1, speed=False, rate_images=0)
+    rows = results_table(results)["rows"]
+    assert [any(cell["best"] for cell in row["cells"]) for row in rows] == [False, True, False]
 
 
 def test_a_folder_of_nothing_is_no_model(photo_folder, tmp_path):
@@ -91,6 +115,7 @@ def test_identical_reconstructions_are_null_with_a_reason(photo_folder):
     row = results["models"][0]
     assert row["metrics"]["psnr"] is None
     assert "equals its original" in row["skipped"]["psnr"]
+    assert "PSNR" in summarise(results).splitlines()[0], "with a dash"
     assert row["identical"] == row["images"] == 6
     assert row["metrics"]["ssim"] == pytest.approx(1)
     assert all(figures["psnr"] is None for figures in row["per_image"])

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from latentae.bench.merging import merge_results
-from latentae.bench.results import read_results
+from latentae.bench.results import read_results, summarise
 from latentae.bench.run import bench
 from latentae.cli.main import main
 from latentae.errors import RequestError
@@ -63,11 +63,15 @@ def test_different_protocols_need_force(reports, tmp_path):
     names = [model["name"] for model in merged["models"]]
     assert [name.split(",")[0] for name in names] == ["a [latentae", "jpeg:50 [latentae", "jpeg:50 [dc-ae"]
     assert len({model["protocol_sha256"] for model in merged["models"]}) == 2
+    text = summarise(merged)
+    assert "\nprotocol latentae (" in text
+    assert "\nprotocol dc-ae (" in text
+    assert "figures of one do not compare with figures of another" in text
 
 
 def test_other_images_and_other_weights_are_not_comparable(reports, photo_folder, tmp_path):
     bench(photo_folder, ["jpeg:50"], out=tmp_path / "fewer", size=40, limit=3, speed=False)
-    with pytest.raises(RequestError, match="they differ in images, images"):
+    with pytest.raises(RequestError, match="they differ in their images, dtype:"):
         merge_results([reports[0], tmp_path / "fewer"])
     for folder, weights in zip(reports[:2], ("ab", "cd")):
         file = folder / "results.json"
@@ -102,6 +106,7 @@ def test_the_command(reports, tmp_path, capsys):
         (["--merge", "A", "nowhere"], "there is no file nowhere"),
         (["--merge", "A", "B", "--out", "A"], "choose another --out"),
         (["--merge", "A", "C"], "--force"),
+        (["--merge", "A", "B", "A"], "twice: name each results.json once"),
         ([], "at least one --model"),
     ],
 )

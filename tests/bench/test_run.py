@@ -24,6 +24,7 @@ import latentae
 from latentae.bench import quality
 from latentae.bench.results import read_results, summarise
 from latentae.bench.run import bench
+from latentae.cli.bench import numbers
 from latentae.cli.main import main
 from latentae.codec import LatentCodec
 from latentae.data.transforms import adm_center_crop
@@ -179,9 +180,14 @@ def test_without_weight_files_everything_else_is_measured_and_says_why(measured,
 
 def test_each_missing_file_gets_one_line_on_standard_error(photo_folder, capsys):
     bench(photo_folder, [tiny_taesd()], size=32, speed=False)
-    lines = [line for line in capsys.readouterr().err.splitlines() if "is not measured" in line]
-    of_features = ["rfid", "kid", "precision", "recall"]
-    assert [line.split()[0] for line in lines] == ["lpips_alex", "lpips_vgg", "dists", *of_features, "ms_ssim"]
+    lines = [line for line in capsys.readouterr().err.splitlines() if "not measured" in line]
+    assert [line.split(" not measured")[0] for line in lines] == [
+        "lpips_alex",
+        "lpips_vgg, dists",
+        "rfid, kid, precision, recall",
+        "ms_ssim",
+    ]
+    assert not any("--model.objective" in line for line in lines)
 
 
 def test_a_metric_that_is_asked_for_by_name_must_be_there(photo_folder):
@@ -579,6 +585,31 @@ def test_bits_of_models_and_files_stand_side_by_side(photo_folder, tmp_path):
     assert jpeg["rate"]["bits_per_pixel"] == pytest.approx(8 * sum(files) / (6 * 64**2))
     assert webp["rate"]["bits_per_pixel"] < jpeg["rate"]["bits_per_pixel"]
     assert "1/" in summarise(results)
+
+
+def test_rates_are_of_the_same_first_images(photo_folder):
+    models = ["dc-ae-tiny", "jpeg:75"]
+    results = bench(photo_folder, models, size=64, speed=False, rate_images=2, batch_size=3)
+    ours, jpeg = results["models"]
+    assert ours["rate"]["images"] == jpeg["rate"]["images"] == 2
+    assert jpeg["rate"]["psnr"] == pytest.approx(np.mean([row["psnr"] for row in jpeg["per_image"][:2]]))
+    assert jpeg["rate"]["psnr"] != jpeg["metrics"]["psnr"]
+    assert "all bytes of files; bits and PSNR of the first 2 images." in summarise(results)
+    alone = bench(photo_folder, ["jpeg:75"], size=64, rate_images=2)
+    assert "\nbits: all bytes of files; bits and PSNR of the first 2 images." in summarise(alone)
+
+
+@pytest.mark.parametrize("option", [{"limit": 0}, {"rate_images": -1}, {"size": 31}, {"batch_size": 0}])
+def test_what_is_out_of_range_is_named_alone(photo_folder, option):
+    ((name, value),) = option.items()
+    with pytest.raises(RequestError, match=rf"^{name}={value}: it must be at least \d+\.$"):
+        bench(photo_folder, ["jpeg:75"], **option)
+
+
+def test_a_codec_without_its_quality_and_a_number_of_steps_given_twice(photo_folder):
+    with pytest.raises(RequestError, match="say jpeg:75"):
+        bench(photo_folder, ["jpeg"])
+    assert numbers("--decode-steps", "1,1,4") == [1, 4]
 
 
 def test_rates_can_be_left_out(photo_folder):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from latentae.data.decode import BadImage
-from latentae.data.sources import FolderSource, Item, open_source
+from latentae.data.sources import FolderSource, Item, open_source, refuse_output_in_input
 from latentae.errors import RequestError
 
 
@@ -210,7 +210,7 @@ def test_missing_folder(tmp_path):
 
 
 def test_empty_folder(tmp_path):
-    with pytest.raises(RequestError, match=r"holds no images but no files: images end in .*\.png"):
+    with pytest.raises(RequestError, match=r"holds no files: images end in .*\.png"):
         open_source(tmp_path)
 
 
@@ -236,3 +236,10 @@ def test_items_are_frozen():
     item = Item("a.png", "file:///a.png", 3)
     with pytest.raises(AttributeError):
         item.key = "b.png"
+
+
+def test_an_output_folder_is_not_the_input(tmp_path):
+    with pytest.raises(RequestError, match=r"The output \S+ is the input folder itself, and its images would be"):
+        refuse_output_in_input(tmp_path, tmp_path)
+    with pytest.raises(RequestError, match=r"The output \S+ lies in the input \S+, and"):
+        refuse_output_in_input(str(tmp_path), tmp_path / "out")

@@ -20,7 +20,7 @@ def folders(tmp_path, monkeypatch):
 def test_a_missing_file_is_named_with_folder_command_and_alternative(folders):
     with pytest.raises(MissingWeights) as error:
         weights.find_weight_file("vgg16")
-    for part in ("vgg16-397923af.pth", str(folders[0]), str(folders[1]), "curl -L", "https://", "without"):
+    for part in ("vgg16-397923af.pth", str(folders[0]), str(folders[1]), "curl -L", "https://", "--fetch-weights"):
         assert part in str(error.value)
 
 

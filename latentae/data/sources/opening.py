@@ -131,11 +131,12 @@ def refuse_output_in_input(src: object, dst: Path) -> None:
     """Refuse to write below a folder that is read: what is written would be an input of the next run.
 
     Raises:
-        RequestError: ``dst`` lies in the folder ``src``.
+        RequestError: ``dst`` is the folder ``src`` or lies in it.
     """
     if isinstance(src, str | Path) and Path(src).is_dir() and dst.resolve().is_relative_to(Path(src).resolve()):
+        where = "is the input folder itself" if dst.resolve() == Path(src).resolve() else f"lies in the input {src}"
         raise RequestError(
-            f"{dst} lies in {src}, and its images would be inputs of the next run: choose another folder."
+            f"The output {dst} {where}, and its images would be inputs of the next run: choose another folder."
         )
 
 
@@ -143,5 +144,5 @@ def _not_empty(source: Source, name: str, other_files: Counter[str]) -> Source:
     if source.items():
         return source
     kinds = ", ".join(f"{count} {extension}" for extension, count in other_files.most_common(3))
-    found = f"other files ({kinds})" if kinds else "nothing else" if not Path(name).is_dir() else "no files"
-    raise RequestError(f"{name} holds no images but {found}: images end in {' '.join(sorted(IMAGE_EXTENSIONS))}.")
+    found = f"no images but other files ({kinds})" if kinds else "no files" if Path(name).is_dir() else "no images"
+    raise RequestError(f"{name} holds {found}: images end in {' '.join(sorted(IMAGE_EXTENSIONS))}.")

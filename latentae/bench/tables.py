@@ -137,12 +137,12 @@ def _cell(text: str, note: str = "", best: bool = False) -> dict[str, Any]:
 def _best(models: list[dict[str, Any]], metric: str) -> float | None:
     """The best value of the contestants, if there is more than one of one protocol; codecs are no contestants.
 
-    Nor is who was measured on a part of the images.
+    Nor is the best who was measured on a part of the images.
     """
     if len({model.get("protocol_sha256") for model in models}) > 1:  # merged by force
         return None
-    values = [model["metrics"].get(metric) for model in models if not is_reference(model) and not model.get("failed")]
-    values = [value for value in values if value is not None]
-    if len(values) < 2:
+    contestants = [m for m in models if not is_reference(m) and m["metrics"].get(metric) is not None]
+    values = [model["metrics"][metric] for model in contestants if not model.get("failed")]
+    if len(contestants) < 2 or not values:
         return None
     return max(values) if HIGHER_IS_BETTER[metric] else min(values)

@@ -77,6 +77,7 @@ def build(name, runs):
         )
     if name == "one step":
         student, teacher = latentae.create("dito-tiny"), latentae.create("dito-tiny", seed=1)
+        teacher.encoder.load_state_dict(student.encoder.state_dict())
         distillation = StepDistillation(teacher, steps=2)
         distillation.teacher.double()
         return runs.make_module(

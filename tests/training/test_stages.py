@@ -75,6 +75,8 @@ def test_killed_in_the_second_stage_it_goes_on_there(stages, tmp_path):
 
 @pytest.mark.slow
 def test_an_interrupt_of_the_command_alone_ends_the_stage(stages, tmp_path):
+    endless = (tmp_path / "two.yaml").read_text().replace("5000", "500000")  # the command waits before it passes it on
+    (tmp_path / "two.yaml").write_text(endless)
     process = subprocess.Popen([sys.executable, "-m", "latentae", *stages], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 300
     while not (tmp_path / "b/checkpoints/last.ckpt").is_file() and time.monotonic() < deadline:

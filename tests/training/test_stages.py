@@ -77,7 +77,12 @@ def test_killed_in_the_second_stage_it_goes_on_there(stages, tmp_path):
 def test_an_interrupt_of_the_command_alone_ends_the_stage(stages, tmp_path):
     endless = (tmp_path / "two.yaml").read_text().replace("5000", "500000")  # the command waits before it passes it on
     (tmp_path / "two.yaml").write_text(endless)
-    process = subprocess.Popen([sys.executable, "-m", "latentae", *stages], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "latentae", *stages],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+    )
     deadline = time.monotonic() + 300
     while not (tmp_path / "b/checkpoints/last.ckpt").is_file() and time.monotonic() < deadline:
         time.sleep(0.05)

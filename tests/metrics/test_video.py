@@ -103,7 +103,7 @@ def test_anything_but_clips_of_16_frames_is_refused(shape, published):
 def test_a_missing_file_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.delenv("LATENTAE_WEIGHTS", raising=False)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(MissingWeights, match=r"rFVD needs i3d_torchscript\.pt.*fetch"):
+    with pytest.raises(MissingWeights, match=r"i3d_torchscript\.pt, of rFVD, is not found.*fetch"):
         FrechetVideoDistance()
 
 

@@ -174,7 +174,7 @@ class Autoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[mi
 
         Args:
             temb: ignored; some video pipelines pass a timestep in its place.
-            generator, num_inference_steps: for families whose decoder samples.
+            generator, num_inference_steps: for families whose decoder samples: see `DiffusionAutoencoder`.
 
         Returns:
             ``sample``, and ``commit_loss`` of a codebook.
@@ -186,8 +186,12 @@ class Autoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[mi
         commit_loss = None
         if self.quantize is not None:
             z, commit_loss = self.quantize(z)
-        pixels = self._one_by_one(self._decode, z)
+        pixels = self._decode_batch(z, generator, num_inference_steps)
         return DecoderOutput(sample=pixels, commit_loss=commit_loss) if return_dict else (pixels,)
+
+    def _decode_batch(self, z: Tensor, generator: Any, num_inference_steps: int | None) -> Tensor:
+        """Latents that were checked to pixels; a family whose decoder samples looks at the other two arguments."""
+        return self._one_by_one(self._decode, z)
 
     def _check_latents(self, z: Tensor) -> None:
         fits = z.ndim == 4 and self._accepts_channels(z.shape[1]) and 0 not in z.shape

@@ -18,8 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution, IdentityDistribution
-from diffusers.utils.accelerate_utils import apply_forward_hook
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution, IdentityDistribution
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -78,6 +77,11 @@ class DiffusionAutoencoder(Autoencoder):
     - ``decode_seed``: of the canvas.
     - ``condition_mean``, ``condition_std``: statistics of the latents, channel by channel, by which the denoiser gets
       them standardised; for latents of an autoencoder that was there before.
+
+    ``decode`` samples pixels of about [-1, 1]. Its ``generator`` is that of the noise, one for all images or a list
+    with one for each; None gives every image the same canvas of the configured seed, so that ``decode(z)[i]`` is
+    ``decode(z[i : i + 1])``. Its ``num_inference_steps`` are evaluations of the denoiser for each image; None for the
+    configured number. It raises a RequestError for no steps, or another number of generators than of images.
     """
 
     scheduler: Any
@@ -161,29 +165,7 @@ class DiffusionAutoencoder(Autoencoder):
         predicted = self.decoder(seen, t, condition.map, condition.latents)
         return clean_estimate(widen(predicted), noisy, t, prediction, path)
 
-    @apply_forward_hook
-    def decode(
-        self,
-        z: Tensor,
-        temb: Tensor | None = None,
-        return_dict: bool = True,
-        *,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        num_inference_steps: int | None = None,
-        **ignored_by_deterministic_families: Any,
-    ) -> DecoderOutput | tuple[Tensor]:
-        """Sample pixels (B, 3, f*h, f*w), about [-1, 1], for latents (B, C, h, w).
-
-        Args:
-            temb: ignored; some video pipelines pass a timestep in its place.
-            generator: of the noise, one for all images or a list with one for each; None gives every image the same
-                canvas of the configured seed, so that ``decode(z)[i]`` is ``decode(z[i : i + 1])``.
-            num_inference_steps: evaluations of the denoiser for each image; None for the configured number.
-
-        Raises:
-            RequestError: latents of another shape, no steps, or another number of generators than of images.
-        """
-        self._check_latents(z)
+    def _decode_batch(self, z: Tensor, generator: Any, num_inference_steps: int | None) -> Tensor:
         steps = num_inference_steps if num_inference_steps is not None else self._internal_dict["num_inference_steps"]
         _check_steps(steps)
         if type(z) is Tensor and not (z.is_meta or torch.compiler.is_compiling()):  # which have no values to look at
@@ -191,8 +173,7 @@ class DiffusionAutoencoder(Autoencoder):
         ratio = self.spatial_compression_ratio
         noise = self._noise(z, generator)
         joined = torch.cat([z, F.pixel_unshuffle(noise, ratio).to(z.dtype)], dim=1)  # (B, C + 3 f², h, w)
-        pixels = self._one_by_one(partial(self._decode_joined, steps=steps), joined)
-        return DecoderOutput(sample=pixels) if return_dict else (pixels,)
+        return self._one_by_one(partial(self._decode_joined, steps=steps), joined)
 
     def _noise(self, z: Tensor, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
         """Noise (B, 3, H, W) to start from: the whole image's, of which tiles and slices take their part."""
@@ -275,7 +256,7 @@ class DiffusionAutoencoder(Autoencoder):
                 f"These latents are {spread:.3g} times as far spread as those that this {type(self).__name__} was "
                 "trained on: they look like another autoencoder's, or were not taken back from the scale of a "
                 "diffusion model (z / scaling_factor + shift_factor).",
-                stacklevel=4,
+                stacklevel=5,
             )
 
 

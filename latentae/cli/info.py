@@ -1,7 +1,8 @@
 """Say what a model, a run or a store of latents is.
 
-For a model: class, compression, parameters, normalisation, hash of the weights. For a store: what is in it, how far
-an encode has got (it may still be running), and its statistics.
+For a model: class, compression, parameters, normalisation, hash of the weights. For a run of latent diffusion: its
+denoiser, its classes, and which autoencoder its latents are of. For a store: what is in it, how far an encode has got
+(it may still be running), and its statistics.
 
   latentae info runs/my-run
   latentae info latents/
@@ -20,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
-    facts = _store(Path(args.what)) if (Path(args.what) / "store.json").is_file() else _model(args.what)
+    facts = _store(Path(args.what)) if (Path(args.what) / "store.json").is_file() else _run_or_model(args.what)
     if args.json:
         print(json.dumps(facts, indent=2))
     else:
@@ -34,6 +35,12 @@ def _store(path: Any) -> dict[str, Any]:
     from latentae.store.reader import LatentStore
 
     return LatentStore(path).describe()
+
+
+def _run_or_model(what: str) -> dict[str, Any]:
+    from latentae.loading.diffusion import is_diffusion_run, load_diffusion
+
+    return load_diffusion(what).describe() if is_diffusion_run(what) else _model(what)
 
 
 def _model(what: str) -> dict[str, Any]:

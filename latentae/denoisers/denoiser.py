@@ -83,9 +83,9 @@ class Denoiser(nn.Module):
         ).sample
 
     def null_labels(self, count: int) -> Tensor:
-        """Labels (count,) that stand for no class."""
+        """Labels (count,) that stand for no class; of unconditional data, the only label that there is."""
         device = next(self.parameters()).device
-        return torch.full((count,), self.num_classes, device=device)
+        return torch.full((count,), self.num_classes if self.num_classes > 1 else 0, device=device)
 
     def check_grid(self, latent_shape: tuple[int, ...]) -> None:
         """Refuse latents (C, h, w) that the transformer cannot hold.

@@ -25,6 +25,7 @@ from latentae.weights import open_state_dict
 
 CHECKPOINT_SUFFIXES = {".ckpt", ".pt", ".pth", ".bin", ".safetensors"}
 LAST_CHECKPOINT = Path("checkpoints", "last.ckpt")
+DIFFUSION_KEY = "latentae_diffusion"  # of checkpoints that hold a denoiser of latents: latentae/loading/diffusion.py
 
 
 def load(source: str | Path) -> Any:
@@ -144,6 +145,8 @@ def load_file(path: Path) -> Any:
     state = open_state_dict(path)
     if not isinstance(state, dict):
         raise RequestError(f"{path} is not a checkpoint of an autoencoder: it holds no tensors by name.")
+    if DIFFUSION_KEY in state:
+        raise _denoiser_instead(path, state[DIFFUSION_KEY].get("autoencoder"))
     try:
         return _from_training_checkpoint(state, path) if "latentae" in state else load_efficientvit(state)
     except RequestError:
@@ -153,6 +156,14 @@ def load_file(path: Path) -> Any:
         raise RequestError(
             f"{path} cannot be rebuilt into an autoencoder ({type(error).__name__}: {reason})."
         ) from error
+
+
+def _denoiser_instead(path: Path, autoencoder: str | None) -> RequestError:
+    instead = f"open its autoencoder, {autoencoder}" if autoencoder else "open the autoencoder of its latents"
+    return RequestError(
+        f"{path} holds a denoiser of latents, not an autoencoder: {instead}, or make a pipeline of the run with "
+        "'latentae export'."
+    )
 
 
 def _from_training_checkpoint(checkpoint: dict[str, Any], path: Path) -> Any:

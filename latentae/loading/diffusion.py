@@ -92,7 +92,7 @@ def is_diffusion_run(path: str | Path) -> bool:
 
 
 def load_diffusion(path: str | Path) -> LatentDiffusion:
-    """Open a run of ``latentae fit`` that trained a denoiser, or a checkpoint of one; its averaged weights, if it has any.
+    """Open a run of ``latentae fit`` that trained a denoiser, or a checkpoint of one; averaged weights if it has them.
 
     Raises:
         MissingWeights: there is no checkpoint.

@@ -1,25 +1,20 @@
 """One LightningModule trains every family: objective, adversary, averaging and phases are arguments of a recipe.
 
-A step makes one forward pass; the terms and both sides of the adversary look at the same reconstruction. Everything
-random in it is seeded by the images seen so far, which a checkpoint holds, so a resumed run repeats the losses of an
-uninterrupted one.
+A step makes one forward pass; the terms and both sides of the adversary look at the same reconstruction.
 """
 
 import json
 from dataclasses import replace
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
-import torch.distributed
 from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.parametrize import is_parametrized
 
 from latentae.codec import posterior_of, spatial_ratio
 from latentae.console import say
-from latentae.errors import DataError, RequestError
+from latentae.errors import RequestError
 from latentae.metrics.image import LPIPSMetric, psnr, ssim
 from latentae.nn.pixels import to_float, to_uint8
 from latentae.objectives import (
@@ -27,31 +22,19 @@ from latentae.objectives import (
     Denoising,
     FlowMatching,
     LatentTransform,
-    LossByTime,
     Objective,
     Step,
     Term,
     check_transforms,
 )
-from latentae.training.ema import AutoencoderEMA
+from latentae.training.base import TrainingModule
 from latentae.training.latents import compile_networks, draw_latents
-from latentae.training.optimization import (
-    OptimizerFactory,
-    Schedule,
-    adamw,
-    last_layer,
-    parameter_groups,
-    select_trainable,
-    set_training_modes,
-)
+from latentae.training.optimization import OptimizerFactory, Schedule, adamw, last_layer, select_trainable
 from latentae.training.start import build_autoencoder, ema_updates_of
 from latentae.training.validation import find_lpips
-from latentae.training.window import Window
-
-PRECISIONS = ("32-true", "bf16-mixed", "64-true")
 
 
-class AutoencoderModule(pl.LightningModule):
+class AutoencoderModule(TrainingModule):
     """An autoencoder in training.
 
     ``global_step`` counts optimizer steps of the autoencoder. A checkpoint is a plain Lightning checkpoint that opens
@@ -84,6 +67,7 @@ class AutoencoderModule(pl.LightningModule):
         seed: of the initial weights and of every random draw.
     """
 
+    model_kind = "autoencoder"
     adversary: Adversary | None
 
     def __init__(
@@ -105,8 +89,7 @@ class AutoencoderModule(pl.LightningModule):
         max_skipped_steps: int = 10,
         seed: int = 0,
     ):
-        super().__init__()
-        self.automatic_optimization = False
+        super().__init__(ema, optimizer, schedule, gradient_clip, accumulate, max_skipped_steps, seed)
         built: Any = autoencoder if isinstance(autoencoder, nn.Module) else build_autoencoder(autoencoder, seed)
         self.autoencoder = built
         self.inherited_ema_updates = 0 if isinstance(autoencoder, nn.Module) else ema_updates_of(autoencoder)
@@ -118,15 +101,8 @@ class AutoencoderModule(pl.LightningModule):
             built.enable_gradient_checkpointing()
         self.objective = Objective(objective)
         self.adversary = adversary
-        self.ema_decay = ema
-        self.optimizer = optimizer
-        self.schedule = schedule or Schedule()
-        self.gradient_clip = gradient_clip
-        self.accumulate = accumulate
         self.compiled = compile
         self.term_gradients_every = term_gradients_every
-        self.max_skipped_steps = max_skipped_steps
-        self.seed = seed
 
         select_trainable(self.autoencoder, trainable)
         self.denoising = denoising or (Denoising() if getattr(built, "samples", False) else None)
@@ -137,24 +113,13 @@ class AutoencoderModule(pl.LightningModule):
                     f"This {type(built).__name__} has a diffusion decoder and the objective no FlowMatching term, the "
                     "diffusion loss: all terms look at its estimate of the image at evenly drawn times."
                 )
-        self.loss_by_time = LossByTime()
-        self.window = Window()
-        self.samples_seen = 0  # images of all ranks, up to the last step that ended
-        self.skipped_steps = 0
-        self.skipped_in_a_row = 0
-        self.last_values: dict[str, Tensor] = {}  # of the last step
-        self.ema: AutoencoderEMA | None = None
-        self.buffers_before: list[tuple[Tensor, Tensor]] = []
-        self.mid_update = False  # some weights have moved and others have not: not a state to save
-        self._resumed_ema: tuple[dict[str, Tensor], int] | None = None
         self.perceptual_metrics: dict[str, LPIPSMetric] | None = None  # None until a validation has looked for weights
 
     # One training step
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> None:
         """Learn from ``batch["pixels"]``, uint8 (B, 3, H, W)."""
-        torch.manual_seed(self.draw_seed())
-        self.remember_buffers()
+        self.begin_batch()
         pixels = to_float(batch["pixels"]).to(self.dtype)
         for transform in self.latent_transforms:
             pixels = transform.prepare(pixels, spatial_ratio(self.autoencoder))
@@ -190,39 +155,30 @@ class AutoencoderModule(pl.LightningModule):
             self.manual_backward(opposing / self.accumulate)
             values |= parts
 
-        self.window.add({"loss": loss, **values}, samples=len(batch["pixels"]) * self.trainer.world_size)
-        if self.window.batches == self.accumulate:
-            self.end_step(self.window.means())
+        self.end_batch({"loss": loss, **values}, len(batch["pixels"]))
 
-    def end_step(self, values: dict[str, Tensor]) -> None:
-        """Move the weights along the accumulated gradients, unless something in the step is not finite."""
-        trained: list[nn.Module] = [self.generator]
-        if "discriminator" in values and self.adversary:
-            trained.append(self.adversary.discriminator)
-        for name, network in zip(["gradient_norm", "discriminator_gradient_norm"], trained):
-            values[name] = clip_grad_norm_(network.parameters(), self.gradient_clip or float("inf"))
+    @property
+    def model(self) -> nn.Module:
+        return self.autoencoder
 
-        broken = self.not_finite(values)
-        self.mid_update = True
-        if broken:
-            self.restore_buffers()
-        else:
-            self.set_learning_rates()
-            self.optimizers_of_networks[0].step()  # counted as the global step
-            for optimizer in self.optimizers_of_networks[1 : len(trained)]:
-                optimizer.step()
-            if self.ema:
-                self.ema.update()
-            if self.adversary:
-                self.adversary.end_step(values)
-        for optimizer in self.optimizers_of_networks:
-            optimizer.zero_grad()
-        self.samples_seen += self.window.samples
-        self.window = Window()
-        self.buffers_before = []
-        self.mid_update = False
-        self.count_skipped(broken)
-        self.log_values(values)
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        networks: dict[str, nn.Module] = {"gradient_norm": self.generator}
+        if self.adversary:
+            networks["discriminator_gradient_norm"] = self.adversary.discriminator
+        return networks
+
+    def networks_of_step(self, values: dict[str, Tensor]) -> dict[str, nn.Module]:
+        return self.networks if "discriminator" in values else {"gradient_norm": self.generator}
+
+    def optimizer_of(self, name: str) -> OptimizerFactory:
+        if self.adversary and name != "gradient_norm":
+            return self.adversary.optimizer or self.optimizer
+        return self.optimizer
+
+    def after_step(self, values: dict[str, Tensor]) -> None:
+        if self.adversary:
+            self.adversary.end_step(values)
 
     # Details of a step
 
@@ -255,18 +211,6 @@ class AutoencoderModule(pl.LightningModule):
         """The quantiser of a discrete autoencoder, ours or a VQModel."""
         return getattr(self.autoencoder, "quantize", None)
 
-    def remember_buffers(self) -> None:
-        """Keep what a forward pass changes (running statistics), in case the step that begins here does not count."""
-        if self.window.batches == 0:
-            networks = [self.autoencoder, *([self.adversary.discriminator] if self.adversary else [])]
-            buffers = [buffer for network in networks for buffer in network.buffers()]
-            self.buffers_before = [(buffer, buffer.clone()) for buffer in buffers]
-
-    def restore_buffers(self) -> None:
-        """Back to the end of the last step that counted; a checkpoint in the midst of a step holds that state."""
-        for buffer, before in self.buffers_before:
-            buffer.copy_(before)
-
     @property
     def generator(self) -> nn.Module:
         """What trains against the objective: the autoencoder, and what the terms learn beside it."""
@@ -286,67 +230,6 @@ class AutoencoderModule(pl.LightningModule):
                 (gradient,) = torch.autograd.grad(value, layer, retain_graph=True, allow_unused=True)
                 norms[f"gradient_of_{name}"] = value.new_zeros(()) if gradient is None else gradient.norm()
         return norms
-
-    def draw_seed(self) -> int:
-        """The seed of every random draw in a batch: a function of the run's seed and of the images before it."""
-        position = self.samples_seen + self.window.samples
-        return (self.seed * 0x9E3779B97F4A7C15 + position) % 2**63  # an odd factor keeps the runs' seeds apart
-
-    @property
-    def optimizers_of_networks(self) -> list[Any]:
-        """Lightning's counted optimizer of the autoencoder, and the discriminator's, which it must not count."""
-        counted = self.optimizers()
-        if not isinstance(counted, list):
-            return [counted]
-        return [counted[0], self.trainer.optimizers[1]]
-
-    def set_learning_rates(self) -> None:
-        factor = self.schedule.factor(self.global_step, self.trainer.max_steps)
-        for optimizer in self.trainer.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * factor
-
-    def not_finite(self, values: dict[str, Tensor]) -> list[str]:
-        """Names of the values that are NaN or infinite on any rank; one synchronisation with the device."""
-        finite = torch.stack([value.detach().float() for value in values.values()]).isfinite().int()
-        if self.trainer.world_size > 1:
-            torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
-        return [name for name, good in zip(values, finite.tolist()) if not good]
-
-    def count_skipped(self, broken: list[str]) -> None:
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if broken else 0
-        self.skipped_steps += bool(broken)
-        if self.skipped_in_a_row == self.max_skipped_steps:
-            raise DataError(
-                f"{self.max_skipped_steps} steps in a row were not finite in {', '.join(broken)} at step "
-                f"{self.global_step}: lower the learning rate or the weight of that term; the weights are as before."
-            )
-
-    def log_values(self, values: dict[str, Tensor]) -> None:
-        """Keep the values of this step for callbacks and, now and then, log them at its ``global_step``.
-
-        Lightning's own log counts batches and would not know of accumulation and skipped steps.
-        """
-        self.last_values = values
-        trainer: Any = self.trainer
-        if self.global_step % trainer.log_every_n_steps == 0:
-            logged = {f"train/{name}": float(value) for name, value in values.items()}
-            logged["train/learning_rate"] = trainer.optimizers[0].param_groups[0]["lr"]
-            logged["train/skipped_steps"] = self.skipped_steps
-            logged |= self.loss_by_time.means("train/loss")
-            self.log_dict(logged, logger=False)
-            for logger in self.loggers:
-                logger.log_metrics(logged, step=self.global_step)
-
-    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        optimizers = [self.optimizer(parameter_groups(self.generator))]
-        if self.adversary:
-            make = self.adversary.optimizer or self.optimizer
-            optimizers.append(make(parameter_groups(self.adversary.discriminator)))
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["initial_lr"] = group["lr"]
-        self._configured = [[_options(group) for group in optimizer.param_groups] for optimizer in optimizers]
-        return optimizers
 
     # Validation, with averaged weights if there are any
 
@@ -387,28 +270,10 @@ class AutoencoderModule(pl.LightningModule):
         assert self.denoising is not None
         return None if self.trainer.state.fn == "validate" else self.denoising.val_steps
 
-    def on_validation_epoch_start(self) -> None:
-        if self.ema:
-            self.ema.use_average()
-
-    def on_validation_epoch_end(self) -> None:
-        self.use_weights()
-
-    def use_weights(self) -> None:
-        """Back to the raw weights, also when an exception ended a validation."""
-        if self.ema:
-            self.ema.use_weights()
-
     # Start and resume
 
     def on_fit_start(self) -> None:
-        if self.trainer.precision not in PRECISIONS:
-            raise RequestError(
-                f"trainer.precision {self.trainer.precision} is not supported in training; choose one of "
-                f"{', '.join(PRECISIONS)}."
-            )
-        if self.schedule.kind == "cosine" and self.trainer.max_steps < 0:
-            raise RequestError("A cosine schedule ends at trainer.max_steps: set it.")
+        super().on_fit_start()
         trainer: Any = self.trainer
         size, ratio = getattr(trainer.datamodule, "size", 0), spatial_ratio(self.autoencoder)
         if size % ratio:
@@ -435,54 +300,14 @@ class AutoencoderModule(pl.LightningModule):
             if self.adversary and not any(is_parametrized(m) for m in self.adversary.discriminator.modules()):
                 halves.append(self.adversary.discriminator)
             compile_networks(*halves)
-        self._start_averaging()
 
     def on_validation_start(self) -> None:
-        self._start_averaging()
+        super().on_validation_start()
         if self.perceptual_metrics is None:
             self.perceptual_metrics = find_lpips()
 
-    def _start_averaging(self) -> None:
-        if self.ema is None and self.ema_decay is not None:
-            self.ema = AutoencoderEMA(self.autoencoder, self.ema_decay, self.inherited_ema_updates)
-            if self._resumed_ema:
-                self.ema.load_state_dict(*self._resumed_ema)
-                self._resumed_ema = None
-
-    def on_train_start(self) -> None:
-        set_training_modes(self.autoencoder)
-        # A restored optimizer brings its old options along; those of the configuration count (--fork changes them).
-        for optimizer, groups in zip(self.trainer.optimizers, self._configured):
-            for group, options in zip(optimizer.param_groups, groups):
-                group.update(options)
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        weights = self.autoencoder.state_dict()
-        if broken := [name for name, value in weights.items() if not value.isfinite().all()]:
-            raise DataError(
-                f"{broken[0]} and {len(broken) - 1} other tensors of the autoencoder are not finite, so no checkpoint "
-                "is written: continue from the last one with a lower learning rate."
-            )
+        super().on_save_checkpoint(checkpoint)
         config = json.loads(self.autoencoder.to_json_string())
         class_name = type(self.autoencoder).__name__
         checkpoint["latentae"] = {"class_name": class_name, "config": config, "format": 1}
-        checkpoint["latentae_progress"] = {
-            "samples_seen": self.samples_seen,
-            "skipped_steps": self.skipped_steps,
-            "skipped_in_a_row": self.skipped_in_a_row,
-            "ema_updates": self.ema.updates if self.ema else 0,
-        }
-        if self.ema:
-            checkpoint["latentae_ema"] = self.ema.state_dict()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        progress = checkpoint["latentae_progress"]
-        self.samples_seen = progress["samples_seen"]
-        self.skipped_steps = progress["skipped_steps"]
-        self.skipped_in_a_row = progress["skipped_in_a_row"]
-        if "latentae_ema" in checkpoint:
-            self._resumed_ema = checkpoint["latentae_ema"], progress["ema_updates"]
-
-
-def _options(group: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in group.items() if key != "params"}

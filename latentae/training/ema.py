@@ -1,10 +1,10 @@
-"""The exponential moving average of an autoencoder's weights, for validation and for use after training."""
+"""The exponential moving average of a model's weights, for validation and for use after training."""
 
 import torch
 from torch import Tensor, nn
 
 
-class AutoencoderEMA:
+class ModelEMA:
     """Averages the trained parameters of a model; frozen ones and buffers stay those of the model.
 
     Update n (from 0) moves the average by ``1 - min(decay, (1 + n) / (10 + n))`` of its distance to the weights, so

@@ -6,14 +6,14 @@ import torch
 from torch import nn
 
 import latentae
-from latentae.training.ema import AutoencoderEMA
+from latentae.training.ema import ModelEMA
 
 
 def test_the_average_is_its_closed_form():
     """A product of decays for the start, and for each later weight its own (1 - decay) times the decays after it."""
     weights = np.random.default_rng(0).normal(size=(30, 5))
     model = nn.ParameterDict({"w": nn.Parameter(torch.tensor(weights[0]))})
-    ema = AutoencoderEMA(model, decay=0.7)
+    ema = ModelEMA(model, decay=0.7)
     for value in weights[1:]:
         model["w"].data.copy_(torch.tensor(value))
         ema.update()
@@ -26,7 +26,7 @@ def test_the_average_is_its_closed_form():
 
 def test_exchanging_twice_changes_nothing():
     model = nn.Linear(3, 2)
-    ema = AutoencoderEMA(model, 0.9)
+    ema = ModelEMA(model, 0.9)
     model.weight.data += 1
     ema.update()
     weight, average = model.weight.detach().clone(), ema.average["weight"].clone()

@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ def decode(model: Any, latents: Tensor) -> Tensor:
     return model.decode(latents).sample
 
 
-def alternate(ways: dict[str, Callable[[], Tensor]], runs: int) -> dict[str, list[float]]:
+def alternate(ways: Mapping[str, Callable[[], object]], runs: int) -> dict[str, list[float]]:
     """Seconds of each way, run after run in turn."""
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in ways}

@@ -16,6 +16,7 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 
 from latentae.bench.baselines import block_mean_baseline
+from latentae.families.presets import find_preset
 from latentae.metrics.image import psnr
 
 
@@ -26,6 +27,7 @@ def claims(tool, monkeypatch):
     for name in [name for name in sys.modules if name == "claims" or name.startswith("claims.")]:
         monkeypatch.delitem(sys.modules, name)
     import claims.dcae
+    import claims.dcae_speed
     import claims.diffusion_decoder
     import claims.eqvae
     import claims.frame
@@ -376,6 +378,92 @@ def test_samplers_are_judged_seed_by_seed(claims):
     assert all(verdict["shown"] for verdict in judge(figures))
     figures[samplers.DITO][1] = {"calibration": 0.79, "error_ratio": 2.31, "auc": 0.8}
     assert [verdict["shown"] for verdict in judge(figures)] == [False] * 3 + [True] * 6
+
+
+def test_the_spaces_of_dcae_speed_have_the_papers_tokens(claims):
+    speed = claims.dcae_speed
+    tokens = {name: space.tokens(512) for name, space in (speed.SPACES | speed.CONTROLS).items()}
+    assert list(tokens.values()) == [1024, 256, 64, 256, 64]
+    for space in speed.SPACES.values():
+        if space.autoencoder != "sd-vae":
+            config = find_preset(space.autoencoder).config
+            assert config["latent_channels"] == space.channels
+            assert 2 ** (len(config["encoder_block_out_channels"]) - 1) == space.factor
+
+
+def test_multiplications_of_a_dit_by_hand(claims):
+    """Linear layers see every token, attention every pair, the conditioning each image once."""
+    speed = claims.dcae_speed
+    for name, space in (speed.SPACES | speed.CONTROLS).items():
+        counted = speed.measured({name: speed.sampling_step("dit-tiny", space, speed.QUICK)}, 1)["giga_macs"][name]
+        width, layers, tokens = 128, 4, space.tokens(64)
+        values = space.channels * space.patch**2
+        of_tokens = tokens * (2 * values * width + layers * 12 * width**2)
+        pairs = layers * 2 * tokens**2 * width
+        embedding = 256 * width + width**2  # of the time, in every block, and once more for the output
+        of_images = layers * (embedding + 6 * width**2) + embedding + 2 * width**2
+        assert counted * 1e9 == pytest.approx(of_tokens + pairs + of_images)
+
+
+def test_other_patches_share_the_blocks_and_change_nothing_else(claims):
+    speed = claims.dcae_speed
+    space = speed.SPACES[speed.F32]
+    whole = speed.denoiser_of("dit-tiny", space, speed.QUICK)
+    for parameter in whole.transformer.transformer_blocks.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    shared = speed.denoiser_of("dit-tiny", space, speed.QUICK, whole.transformer.transformer_blocks)
+    for part in (whole, shared):
+        torch.nn.init.ones_(part.transformer.proj_out_2.weight)
+    noise, t = torch.randn(1, *space.shape(64)), torch.tensor([0.5])
+    torch.testing.assert_close(shared(noise, t), whole(noise, t))
+
+
+def test_whole_images_are_steps_and_one_decoding(claims):
+    speed = claims.dcae_speed
+    names = [*speed.SPACES, *speed.CONTROLS]
+    step = {"seconds": {n: [1.0, 9.0, 2.0] for n in names}, "giga_macs": {n: 10.0 for n in names}}
+    step["seconds"][speed.F64] = [0.1, 0.1, 0.1]
+    decoding = {"seconds": {n: [8.0, 8.0, 9.0] for n in speed.SPACES}, "giga_macs": {n: 50.0 for n in speed.SPACES}}
+    decoding["giga_macs"][speed.F64] = 250.0
+    rows = speed.whole_images({"step dit-tiny": step, "decoding": decoding}, speed.QUICK)
+    [row] = [r for r in rows if r["space"] == speed.F64 and r["evaluations"] == 30]
+    assert row["seconds"] == pytest.approx(30 * 0.1 + 8)
+    assert row["speedup"] == pytest.approx((30 * 2 + 8) / 11)
+    assert row["speedup_by_arithmetic"] == pytest.approx(350 / 550)
+    controls = [r for r in rows if r["space"] in speed.CONTROLS]
+    assert all(r["speedup"] == 1 for r in controls), "they decode as SD-VAE does"
+
+
+def test_training_of_dcae_speed_trains(claims, monkeypatch):
+    speed = claims.dcae_speed
+    denoisers, original = [], speed.denoiser_of
+    monkeypatch.setattr(speed, "denoiser_of", lambda *a: denoisers.append(original(*a)) or denoisers[-1])
+    step = speed.training_step(speed.SPACES[speed.F32], speed.QUICK)
+    before = [p.clone() for p in denoisers[0].parameters()]
+    step()
+    step()
+    assert any(not torch.equal(a, b) for a, b in zip(before, denoisers[0].parameters(), strict=True))
+    assert all(p.grad is None for p in denoisers[0].parameters())
+
+
+@pytest.mark.slow
+def test_dcae_speed_from_end_to_end(tool, tmp_path):
+    script, file = tool("claims").__file__, tmp_path / "speed.json"
+    options = ["--quick", "--threads", "1", "--json", str(file)]
+    done = subprocess.run([sys.executable, script, "dcae-speed", *options], check=True, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1].startswith("dcae-speed: ")
+    result = json.loads(file.read_text())["dcae-speed"]
+    figures = result["figures"]
+    assert {"training", "step dit-tiny", "decoding"} == set(figures)
+    assert all(value > 0 for key in ("training", "decoding") for value in figures[key]["peak_bytes"].values())
+    assert len(figures["decoding"]["seconds"]["DC-AE f64 p1"]) == 3
+    assert file.with_suffix(".png").stat().st_size > 10_000
+    if not torch.cuda.is_available():
+        refused = subprocess.run(
+            [sys.executable, script, "dcae-speed", "--tier", "gpu"], capture_output=True, text=True
+        )
+        assert refused.returncode == 2
+        assert "needs a CUDA device" in refused.stderr
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ whoever takes them: where a process starts again, or several share the work, eac
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -95,8 +95,10 @@ class ImageSet:
         digests = "".join(digest for _, digest in sorted(self.facts.digests.items()))
         return hashlib.sha256(digests.encode()).hexdigest()
 
-    def batches(self, start: int = 0, share: int = 0, shares: int = 1) -> Iterator[Batch]:
-        """Batches from number ``start`` on, every ``shares``-th of them from ``share`` on.
+    def batches(
+        self, start: int = 0, share: int = 0, shares: int = 1, keys: Collection[str] | None = None
+    ) -> Iterator[Batch]:
+        """Batches from number ``start`` on, every ``shares``-th of them from ``share`` on; of them the images ``keys``.
 
         Raises:
             DataError: an image has other pixels than an earlier pass met.
@@ -107,6 +109,7 @@ class ImageSet:
             if (number := place // self.batch_size) >= start
             and number % shares == share
             and place not in self.facts.bad
+            and (keys is None or self.items[place].key in keys)
         ]
         cost = 3 * self.size**2
         loaded = prefetch(self._load, chosen, workers=self.workers, cost=lambda _: cost, budget=PREFETCH_BYTES)

@@ -1,5 +1,7 @@
 """One model's way through the images: encode, decode, and all that is counted on the way."""
 
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -24,9 +26,11 @@ from latentae.bench.state import dump_state, load_state, merge, merge_attributes
 from latentae.codec import LatentCodec
 from latentae.console import Progress
 from latentae.metrics.image import psnr
-from latentae.nn.pixels import to_float
+from latentae.nn.pixels import to_float, to_uint8
 from latentae.store.decode import noise_generator
 from latentae.store.worker import key_generator
+
+Competitor = LatentCodec | ClassicalCodec | ReconstructionFolder
 
 
 class Pass:
@@ -45,7 +49,7 @@ class Pass:
     def __init__(
         self,
         index: int,
-        codec: LatentCodec | ClassicalCodec | ReconstructionFolder,
+        codec: Competitor,
         facts: ImageFacts,
         quality: Quality,
         *,
@@ -107,9 +111,12 @@ class FirstFiles:
         self.count = count
         self.kept: list[tuple[int, float, float]] = []
 
-    def add(self, place: int, bits_per_pixel: float, quality: float) -> None:
-        if len(self.kept) < self.count:
-            self.kept.append((place, bits_per_pixel, min(quality, PERFECT)))
+    def add(self, places: list[int], reconstruction: "Reconstruction", originals: Tensor) -> None:
+        pixels = originals.shape[-2] * originals.shape[-1]
+        for place, bits, files, original in zip(places, reconstruction.bits, reconstruction.pixels, originals):
+            if len(self.kept) < self.count:
+                quality = psnr(to_uint8(files[None]), original[None]).item()
+                self.kept.append((place, bits / pixels, min(quality, PERFECT)))
 
     def merge(self, other: "FirstFiles") -> None:
         """Take what another process kept, so that the first images of all are left."""
@@ -124,7 +131,7 @@ class FirstFiles:
 
 def measure(
     name: str,
-    codec: LatentCodec | ClassicalCodec | ReconstructionFolder,
+    codec: Competitor,
     images: ImageSet,
     fresh: Pass,
     samples: Samples,
@@ -149,26 +156,21 @@ def measure(
     with Progress(name, len(images.items), done=done) as progress:
         for batch in images.batches(current.next_batch, processes.rank, processes.count):
             keys, originals = batch.keys, batch.pixels
-            z: Tensor | None = None
-            reasons: dict[int, str] = {}
-            if isinstance(codec, ClassicalCodec):
-                pixels = _through_files(codec, batch, current)
-            elif isinstance(codec, ReconstructionFolder):
-                pixels, reasons, resized = codec.read(batch, images)
-                current.resized |= resized
-            else:
-                latents = codec.encode(originals, sample=sample, generator=_generators(seed, keys))
-                pixels = codec.decode(latents, generator=_noise(seed, keys))  # (B, 3, size, size)
-                z = codec.denormalise(latents.tensor)
-                current.statistics.add(latents.posterior.sample(_generators(seed, keys)))
+            reconstruction = reconstruct(codec, batch, images, sample=sample, seed=seed)
+            z, posterior = reconstruction.latents, reconstruction.posterior
+            current.resized |= reconstruction.resized
+            if current.files:
+                current.files.add(batch.places, reconstruction, originals)
+            if isinstance(codec, LatentCodec) and z is not None:
+                current.statistics.add(posterior.sample(_generators(seed, keys)))
                 quantizer = getattr(codec.autoencoder, "quantize", None)
-                current.diagnostics.add(z, latents.posterior, batch.places, quantizer)
+                current.diagnostics.add(z, posterior, batch.places, quantizer)
                 if current.altered:
                     current.altered.add(batch.places, keys, originals, z)
                 if current.interpolation:
                     current.interpolation.add(batch.places, keys, originals, z)
-            pair = Pair(pixels.to(device), originals.to(device), quantisation)
-            current.measurement.add(batch.places, keys, pair, reasons)
+            pair = Pair(reconstruction.pixels.to(device), originals.to(device), quantisation)
+            current.measurement.add(batch.places, keys, pair, reconstruction.missing)
             if current.equivariance:
                 current.equivariance.add(originals, batch.places)
             samples.save(fresh.index, keys, pair, z)
@@ -187,19 +189,60 @@ def measure(
     return current, parts[0] if parts else None
 
 
-def _through_files(codec: ClassicalCodec, batch: Batch, current: Pass) -> Tensor:
-    """What files keep of the images of a batch, as float pixels (B, 3, H, W); counts their sizes."""
-    assert current.files is not None
-    images = []
-    for place, original in zip(batch.places, batch.pixels):
-        array, bits = codec.reconstruct(original.permute(1, 2, 0).numpy())
-        image = torch.from_numpy(array).permute(2, 0, 1)
-        current.files.add(place, bits / (image.shape[1] * image.shape[2]), psnr(image[None], original[None]).item())
-        images.append(image)
-    return to_float(torch.stack(images))
+@dataclass(frozen=True)
+class Reconstruction:
+    """What came of a batch.
+
+    Attributes:
+        pixels: float, (B, 3, size, size), NaN where there is none.
+        latents: raw ones, (B, C, ...), and ``posterior``, of an autoencoder.
+        bits: of the file of each image, of a classical codec.
+        missing: of a folder, by the place of an image why it is not there.
+        resized: of a folder, by the place of an image its size before.
+    """
+
+    pixels: Tensor
+    latents: Tensor | None = None
+    posterior: Any = None
+    bits: list[int] = field(default_factory=list)
+    missing: dict[int, str] = field(default_factory=dict)
+    resized: dict[int, str] = field(default_factory=dict)
 
 
-def pair_device(codec: LatentCodec | ClassicalCodec | ReconstructionFolder) -> torch.device:
+def reconstruct(codec: Competitor, batch: Batch, images: ImageSet, *, sample: bool, seed: int) -> Reconstruction:
+    """The images of a batch as a model, a classical codec or a folder gives them back."""
+    if isinstance(codec, ReconstructionFolder):
+        pixels, missing, resized = codec.read(batch, images)
+        return Reconstruction(pixels, missing=missing, resized=resized)
+    if isinstance(codec, ClassicalCodec):
+        files = [codec.reconstruct(original.permute(1, 2, 0).numpy()) for original in batch.pixels]
+        pixels = torch.stack([torch.from_numpy(array).permute(2, 0, 1) for array, _ in files])  # (B, 3, size, size)
+        return Reconstruction(to_float(pixels), bits=[bits for _, bits in files])
+    latents = codec.encode(batch.pixels, sample=sample, generator=_generators(seed, batch.keys))
+    pixels = codec.decode(latents, generator=_noise(seed, batch.keys))  # (B, 3, size, size)
+    return Reconstruction(pixels, codec.denormalise(latents.tensor), latents.posterior)
+
+
+def save_samples(
+    codec: Competitor,
+    images: ImageSet,
+    samples: Samples,
+    index: int,
+    keys: Collection[str],
+    *,
+    sample: bool,
+    seed: int,
+    quantisation: str,
+) -> None:
+    """Save images that were chosen for the report when the model's pass had gone by."""
+    for batch in images.batches(keys=keys):
+        reconstruction = reconstruct(codec, batch, images, sample=sample, seed=seed)
+        device = pair_device(codec)
+        pair = Pair(reconstruction.pixels.to(device), batch.pixels.to(device), quantisation)
+        samples.save(index, batch.keys, pair, reconstruction.latents)
+
+
+def pair_device(codec: Competitor) -> torch.device:
     """Where a model's pairs are compared: MPS has no float64."""
     return torch.device("cpu") if codec.device.type == "mps" else codec.device
 

@@ -18,7 +18,7 @@ from latentae.bench.equivariance import equivariance_section
 from latentae.bench.fetching import fetch_weights as fetch
 from latentae.bench.images import ImageFacts, ImageSet
 from latentae.bench.interpolation import interpolation_section
-from latentae.bench.measuring import Pass, measure
+from latentae.bench.measuring import Pass, measure, save_samples
 from latentae.bench.presets import find_preset
 from latentae.bench.processes import Processes
 from latentae.bench.protocol import describe_machine, describe_protocol, versions
@@ -168,6 +168,7 @@ def bench(
         measured = checkpoints.finished
         if measured:
             images.facts = ImageFacts.from_json(measured[-1]["images"])
+            samples.choose_worst(measured[0]["model"]["per_image"])
         rated = _rated_images(rate_images, contestants)
         for index in range(len(contestants)):
             contestant = contestants.pop(0)  # and with it goes its memory
@@ -222,10 +223,23 @@ def bench(
                     }
                     for warning in figures["warnings"]:
                         say(f"{name}: {warning}")
+                    if index == 0:
+                        save_samples(
+                            codec,
+                            images,
+                            samples,
+                            index,
+                            samples.choose_worst(figures["per_image"]),
+                            sample=sample,
+                            seed=seed,
+                            quantisation=preset.quantisation,
+                        )
                     checkpoints.finish(entry)
             except torch.OutOfMemoryError as error:
                 raise RequestError(f"{name} runs out of GPU memory: use less than batch_size={batch_size}.") from error
             measured.append(processes.share(entry))
+            if index == 0:
+                samples.choose_worst(measured[0]["model"]["per_image"])
             images.facts = ImageFacts.from_json(measured[-1]["images"])
         results = _results(src, images, quality, [entry["model"] for entry in measured], sample, seed)
         results["reference_cost"] = next((e["reference_cost"] for e in measured if e["reference_cost"]), None)

@@ -16,7 +16,9 @@ REPORT_PIXELS = 48_000_000  # a page with more than this opens slowly
 
 
 class Samples:
-    """Saves evenly chosen images, their reconstructions and latents under ``folder / "samples"``.
+    """Saves some images, their reconstructions and latents under ``folder / "samples"``.
+
+    Half of them are chosen evenly, the others are the worst of the first model. All are, where that is every image.
 
     Names of files follow from the places of images and models alone: several processes can save, and a killed one
     leaves what the next needs. Without a folder nothing is saved.
@@ -29,9 +31,24 @@ class Samples:
             return
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         affordable = REPORT_PIXELS // (images.size**2 * (1 + models))
-        count = min(wanted, max(1, affordable), len(images.items))
+        self.count = min(wanted, max(1, affordable), len(images.items))
+        count = self.count if self.count == len(images.items) else (self.count + 1) // 2
         indices = np.linspace(0, len(images.items) - 1, count).round().astype(int)
         self.chosen = {images.items[i].key: place for place, i in enumerate(indices)}
+
+    def choose_worst(self, per_image: list[dict[str, Any]]) -> list[str]:
+        """Choose the images with the lowest PSNR beside the others, and give their keys.
+
+        Args:
+            per_image: of the first model, as in ``results.json``.
+        """
+        if self.folder is None:
+            return []
+        rows = [row for row in per_image if row.get("psnr") is not None and row["key"] not in self.chosen]
+        rows = sorted(rows, key=lambda row: (row["psnr"], row["key"]))[: self.count - len(self.chosen)]
+        worst = [row["key"] for row in rows]
+        self.chosen |= {key: len(self.chosen) + place for place, key in enumerate(worst)}
+        return worst
 
     def save(self, model: int, keys: list[str], pair: Pair, latents: Tensor | None) -> None:
         """Save those of a batch that were chosen: their uint8 pairs and raw latents (B, C, ...), if there are any."""

@@ -266,7 +266,7 @@ def test_the_worst_of_all_images_are_named_if_not_all_are_shown(full_report):
     results["samples"] = results["samples"][:3]
     write_report(results, out / "report.html")
     text = Page((out / "report.html").read_text()).text
-    assert "3 of 7 images, chosen evenly by name." in text
+    assert "3 of 7 images: half chosen evenly by name, half the worst of the first model." in text
     assert "The worst of all 7 images" in text
     figures = sorted((row["psnr"], row["key"]) for row in results["models"][1]["per_image"])
     assert len(figures) == 6  # one failed
@@ -328,9 +328,18 @@ def test_a_report_can_be_written_again_from_the_results(report):
     assert after.count("data:image") == before.count("data:image") - 1  # the picture of the section is gone
 
 
-def test_the_number_of_images_is_limited(photo_folder, tmp_path):
-    results = bench(photo_folder, [Darken(0.9)], out=tmp_path, size=48, report_images=3, speed=False)
-    assert [sample["key"] for sample in results["samples"]] == ["a.png", "e e.jpeg", "sub/deeper/d.png"]
+def test_the_images_shown_are_evenly_chosen_and_the_worst(photo_folder, tmp_path):
+    models = [("half", Darken(0.5)), ("most", Darken(0.9))]
+    results = bench(photo_folder, models, out=tmp_path, size=48, report_images=3, speed=False)
+    even, worst = [sample["key"] for sample in results["samples"][:2]], results["samples"][2]
+    assert even == ["a.png", "sub/deeper/d.png"]
+    others = [row for row in results["models"][0]["per_image"] if row["key"] not in even]
+    assert worst["key"] == min(others, key=lambda row: row["psnr"])["key"]
+    original = np.asarray(Image.open(tmp_path / worst["input"]), float)
+    for model, files in zip(results["models"], worst["models"]):
+        shown = np.asarray(Image.open(tmp_path / files["reconstruction"]), float)
+        (row,) = [row for row in model["per_image"] if row["key"] == worst["key"]]
+        assert 10 * np.log10(255**2 / np.square(shown - original).mean()) == pytest.approx(row["psnr"], abs=1e-6)
 
 
 def test_results_of_something_else_are_refused(tmp_path):

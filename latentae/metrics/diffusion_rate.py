@@ -79,7 +79,8 @@ def _clean_errors(velocity: Velocity, latents: Tensor, noise: Tensor, snr: float
     for clean, drawn in zip(latents.split(batch_size), noise.split(batch_size)):
         t = torch.full((len(clean),), time, device=clean.device)
         predicted = velocity(add_noise(clean, drawn, t), t)
-        errors.append((time * (predicted.double() - (drawn - clean).double())).square().flatten(1).sum(1).cpu())
+        difference = (predicted.float() - (drawn - clean)).cpu().double()
+        errors.append((time * difference).square().flatten(1).sum(1))
     return torch.cat(errors)
 
 

@@ -50,6 +50,58 @@ def photo_folder(tmp_path):
     return folder
 
 
+class NumberedClips:
+    """Clips whose frames show their number: eight bars, black or white, on a ground that moves."""
+
+    @staticmethod
+    def frames(count: int, height: int = 48, width: int = 64) -> np.ndarray:
+        clip = np.empty((count, height, width, 3), np.uint8)
+        for number in range(count):
+            y, x = np.mgrid[:height, :width]
+            ground = 60 + 40 * np.sin((x + 3 * number) / 9)[..., None] + [0, 40, 80]
+            bars = 255 * (number >> (8 * x // width) & 1)[..., None]
+            clip[number] = np.where((y < height // 2)[..., None], bars, ground)
+        return clip
+
+    @staticmethod
+    def read(frames) -> list[int]:
+        """The numbers on frames (T, H, W, 3), of any size."""
+        numbers = []
+        for frame in frames:
+            height, width = frame.shape[:2]
+            bars = [frame[height // 4, int((i + 0.5) * width / 8)].mean() > 128 for i in range(8)]
+            numbers.append(sum(int(bar) << i for i, bar in enumerate(bars)))
+        return numbers
+
+    def write(self, path, count, *, fps=25, times=None, codec="libx264", height=48, width=64, **options):
+        """By PyAV; ``times`` in milliseconds make a variable rate."""
+        from fractions import Fraction
+
+        import av
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with av.open(path, "w") as container:
+            stream = container.add_stream(codec, rate=fps, options={"g": "12", **options})
+            stream.height, stream.width = height, width
+            stream.pix_fmt = "yuv420p" if height % 2 == width % 2 == 0 else "yuv444p"
+            if times:
+                stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
+            for number, pixels in enumerate(self.frames(count, height, width)):
+                frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(format=stream.pix_fmt)
+                frame.pts, frame.time_base = number, 1 / Fraction(fps)
+                if times:
+                    frame.pts, frame.time_base = times[number], Fraction(1, 1000)
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+        return path
+
+
+@pytest.fixture(scope="session")
+def clips():
+    pytest.importorskip("av")
+    return NumberedClips()
+
+
 @pytest.fixture(autouse=True)
 def _skip_gpu(request):
     if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():

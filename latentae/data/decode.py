@@ -128,7 +128,7 @@ def decode_image(data: bytes, policy: DecodePolicy = DEFAULT_POLICY) -> np.ndarr
             picture = picture.transpose(TURNS[orientation])
             alpha = alpha and alpha.transpose(TURNS[orientation])
         pixels = np.array(picture)  # (H, W, 3)
-        return pixels if alpha is None else _composite(pixels, np.asarray(alpha), policy.background)
+        return pixels if alpha is None else composite(pixels, np.asarray(alpha), policy.background)
 
 
 def probe_size(data: bytes) -> tuple[int, int]:
@@ -330,7 +330,7 @@ def _srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | N
         return None
 
 
-def _composite(pixels: np.ndarray, alpha: np.ndarray, background: tuple[int, int, int]) -> np.ndarray:
+def composite(pixels: np.ndarray, alpha: np.ndarray, background: tuple[int, int, int]) -> np.ndarray:
     """(H, W, 3) over a background by alpha (H, W): round((a p + (255 - a) b) / 255)."""
     if alpha.min() == 255:
         return pixels

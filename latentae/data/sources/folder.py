@@ -4,7 +4,7 @@ import errno
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 
 from latentae.data.sources.base import IMAGE_EXTENSIONS, Item, file_uri, is_hidden, key_of, read_file
@@ -14,7 +14,7 @@ ARCHIVE_EXTENSIONS = frozenset({".tar", ".parquet"})
 
 
 class FolderSource:
-    """The images of a folder and of the folders below it, chosen by extension, listed once.
+    """The images of a folder and of the folders below it, or files of other ``extensions``, listed once.
 
     Symbolic links are followed, but never into a folder that contains the link. Hidden files and folders and
     ``__MACOSX`` are skipped, and so is what is not a file. A label is the index of the first-level folder, in sorted
@@ -27,8 +27,8 @@ class FolderSource:
         RequestError: ``path`` is no folder, a folder in it may not be read, or two files would share a key.
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
-        self.path = Path(path).absolute()
+    def __init__(self, path: str | os.PathLike[str], extensions: Set[str] = IMAGE_EXTENSIONS):
+        self.path, self.extensions = Path(path).absolute(), extensions
         if not self.path.is_dir():
             raise RequestError(f"{path} is not a folder: give a folder of images.")
         self.other_files: Counter[str] = Counter()
@@ -79,7 +79,7 @@ class FolderSource:
                     yield from self._walk(Path(entry.path), inside, labels)
             elif status is None or stat.S_ISREG(status.st_mode):
                 extension = Path(entry.name).suffix.lower()
-                if extension in IMAGE_EXTENSIONS:
+                if extension in self.extensions:
                     yield entry.path, status.st_size if status else 0
                 else:
                     self.other_files[extension or "no extension"] += 1

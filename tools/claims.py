@@ -7,9 +7,10 @@ best of three, three seeds are trained on frozen orders of data, trivial referen
 counts as shown is written in the script. Prints a table, then one summary line. The cpu tier takes minutes.
 
 claims: dcae (residual shortcuts make high ratios trainable), dcae-speed (what a high ratio saves a diffusion
-model: time, memory and arithmetic, nothing is trained), litevae (wavelets save the encoder's
-cost), eqvae (fine-tuning makes latents equivariant; keeps its models beside the figure), diffusion-decoder (a decoder
-that samples restores detail)
+model: time, memory and arithmetic, nothing is trained), litevae (wavelets save the encoder's cost), eqvae (fine-tuning
+makes latents equivariant; keeps its models beside the figure), probe (whether a small diffusion model finds them
+easier; keeps what is done, and shares the rest with other processes), diffusion-decoder (a decoder that samples
+restores detail)
 """
 
 import argparse
@@ -27,7 +28,7 @@ from latentae.errors import LatentAEError
 from latentae.files import write_json
 from latentae.version import __version__
 
-CLAIMS = ("dcae", "dcae-speed", "litevae", "eqvae", "diffusion-decoder")
+CLAIMS = ("dcae", "dcae-speed", "litevae", "eqvae", "probe", "diffusion-decoder")
 
 
 def summary(name: str, result: dict) -> str:

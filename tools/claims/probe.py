@@ -12,8 +12,10 @@ whitened latents, equal steps, equally many tokens in each, on dead leaves at 64
 counts are decoded samples: the sliced Wasserstein distance of their Haar-pyramid patches to held-out images. A codec
 that blurs is far from the images however well its latents are modelled, and samples that are noisy may be nearer than
 its reconstructions. So beside that distance stands the one to the codec's own reconstructions of the held-out images,
-by which latents alone are judged. References: reconstructions; other real images; and, decoded, white noise and samples
-of a Gaussian that knows the latents' spectrum.
+by which latents alone are judged: in units of the images' details, as the probe has it, which forgives a codec that has
+few, and in units of the reconstructions' own details. References: reconstructions; other real images; and, decoded,
+white noise and samples of a Gaussian that knows the latents' spectrum. A distance by which samples are no nearer than
+these says nothing about what the denoiser has learned, and that is judged as well.
 
 The rate under the diffusion prior, in bits per pixel at the noise that costs 0.1 dB, ranks codecs as their samples do
 if it has the sign of the difference for every pair whose samples differ for certain.
@@ -59,6 +61,8 @@ TRAIN_IMAGES, HELD_OUT_IMAGES = 8000, 512
 STEPS, SAMPLES = 1000, 512
 
 TO_IMAGES, TO_OWN, RATE = "samples to images", "samples to own reconstructions", "bits per pixel"
+OWN_UNITS = f"{TO_OWN}, own units"
+MAIN = (TO_IMAGES, TO_OWN, OWN_UNITS, RATE)
 
 # Written before the first run. Share by which the distance is below that of plain fine-tuning, mean over seeds, with
 # the whole interval above zero; a negative share is a loss that is allowed, and the whole interval must be above it.
@@ -175,7 +179,8 @@ def figures_of(space: LatentSpace, seed: int, settings: ProbeSettings, name: str
     rate = found["rate"]
     figures = {
         TO_IMAGES: distances["samples"]["mean"],
-        TO_OWN: own["mean"],
+        TO_OWN: distances["samples_to_reconstructions"]["mean"],
+        OWN_UNITS: own["mean"],
         RATE: rate["bits_per_pixel"],
         "loss": found["loss"],
         "psnr": psnr(space.reconstructions, space.held_out_images).mean().item(),
@@ -187,10 +192,12 @@ def figures_of(space: LatentSpace, seed: int, settings: ProbeSettings, name: str
         "GFLOP of one image": found["cost"]["denoise_gflop"] + found["cost"]["decode_gflop"],
         "seconds of one image": found["cost"]["denoise_seconds"] + found["cost"]["decode_seconds"],
     }
-    figures |= {f"{TO_IMAGES}, {scale}": value for scale, value in distances["samples"].items() if scale != "mean"}
-    figures |= {f"{TO_OWN}, {scale}": value for scale, value in own.items() if scale != "mean"}
+    for name, by_scale in ((TO_IMAGES, distances["samples"]), (OWN_UNITS, own)):
+        figures |= {f"{name}, {scale}": value for scale, value in by_scale.items() if scale != "mean"}
     for key, images in trivial.items():
-        figures |= {f"{key} to images": prober.distance(images)["mean"], f"{key} to own": to_own(images)["mean"]}
+        to_reconstructions = prober.distance(images, space.reconstructions)["mean"]
+        figures |= {f"{key} to images": prober.distance(images)["mean"], f"{key} to own": to_reconstructions}
+        figures[f"{key} to own, own units"] = to_own(images)["mean"]
     return {**figures, "probe": found}
 
 
@@ -224,8 +231,8 @@ def summarise(cells: dict[str, dict[int, dict[str, Any]]]) -> dict[str, dict[str
 
 def compare(cells: dict[str, dict[int, dict[str, Any]]]) -> list[dict[str, Any]]:
     """Every pair of codecs in every figure: the share by which the first is lower than the second, seed by seed."""
-    names = [TO_IMAGES, TO_OWN, RATE]
-    names += [n for n in cells[PLAIN][SEEDS[0]]["figures"] if n.startswith((f"{TO_IMAGES},", f"{TO_OWN},"))]
+    names = list(MAIN)
+    names += [n for n in cells[PLAIN][SEEDS[0]]["figures"] if n.startswith((f"{TO_IMAGES},", f"{OWN_UNITS},"))]
     rows = []
     for name in names:
         for second, first in combinations(CODECS, 2):
@@ -251,7 +258,23 @@ def thresholds(cells: dict[str, Any], comparisons: list[dict[str, Any]]) -> list
             shown = row["lower_by"] >= least and low > min(least, 0)
             found = f"{-row['lower_by']:+.1%} [{-high:+.1%}, {-low:+.1%}], wanted {-least:+.0%}"
         verdicts.append({"sentence": sentence, "least": least, "found": found, "shown": shown})
+    for name, suffix in ((TO_IMAGES, "images"), (TO_OWN, "own")):
+        verdicts.append(learned_verdict(cells, name, suffix))
     return [*verdicts, rate_verdict(by_pair)]
+
+
+def learned_verdict(cells: dict[str, Any], name: str, suffix: str) -> dict[str, Any]:
+    """Whether samples are nearer than both trivial latents, decoded, for every codec and seed."""
+    wins = 0
+    for codec in CODECS:
+        trivial = (series(cells, codec, f"{key} to {suffix}") for key in ("white noise", "spectral Gaussian"))
+        wins += sum(mine < min(theirs) for mine, *theirs in zip(series(cells, codec, name), *trivial, strict=True))
+    count = len(CODECS) * len(SEEDS)
+    return {
+        "sentence": f"{name} are a shorter way than from white noise and Gaussian latents",
+        "found": f"{wins} of {count} cells",
+        "shown": wins == count,
+    }
 
 
 def rate_verdict(by_pair: dict[tuple[str, str, str], dict[str, Any]]) -> dict[str, Any]:
@@ -276,7 +299,7 @@ def print_tables(table: dict[str, dict[str, float | None]], comparisons: list[di
     print()
     rows = []
     for row in comparisons:
-        if row["lower_by"] is not None and row["figure"] in (TO_IMAGES, TO_OWN, RATE):
+        if row["lower_by"] is not None and row["figure"] in MAIN:
             low, high = (f"{100 * value:+.1f}" for value in row["interval"])
             verdict = "" if row["separates"] else "does not separate"
             share = f"{100 * row['lower_by']:+.1f}"

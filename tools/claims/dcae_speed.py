@@ -8,7 +8,8 @@ at size XL are about UViT-H's: on a CPU training with DiT-S, sampling with DiT-S
 Weights are random, since time does not depend on them. A training step is forward, backward and AdamW at equal
 batches; a sampling step is one forward of one image. A whole image is so many evaluations of the denoiser (the paper's
 UViT takes 30, its DiT 250; guidance takes each twice) and one decoding, put together from the medians. Denoisers are
-`latentae.denoisers`, DC-AE is ours, SD-VAE the stock class. Runs alternate; a ratio is the median of pairwise ratios.
+`latentae.denoisers`, DC-AE is ours, SD-VAE the stock class: `tools/compare_speed.py dcae` says by how much our decoder
+is faster than DC-AE's stock class. Runs alternate; a ratio is the median of pairwise ratios.
 
 Two controls have the tokens without the autoencoder: SD-VAE with patches of 4 and 8. What they lose is quality, which
 is not measured here (in the paper's table FID 125 against 67 without guidance, UViT-S, 64 tokens).
@@ -404,7 +405,7 @@ def draw(path: Path, figures: dict[str, dict[str, Any]], images: list[dict[str, 
     axes[0].set_yscale("log")
     axes[0].set_xticks(range(len(keys)), keys)
     axes[0].set_ylabel(f"times faster than {BASE}")
-    axes[0].legend(fontsize=8)
+    axes[0].legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.13), ncols=3)
     for axis, preset in zip(axes[1:], tier.sampled):
         rows = [row for row in images if row["denoiser"] == preset and row["space"] in SPACES]
         labels = [

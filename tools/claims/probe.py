@@ -260,7 +260,7 @@ def thresholds(cells: dict[str, Any], comparisons: list[dict[str, Any]]) -> list
         verdicts.append({"sentence": sentence, "least": least, "found": found, "shown": shown})
     for name, suffix in ((TO_IMAGES, "images"), (TO_OWN, "own")):
         verdicts.append(learned_verdict(cells, name, suffix))
-    return [*verdicts, rate_verdict(by_pair)]
+    return [*verdicts, rate_verdict(by_pair, TO_IMAGES), rate_verdict(by_pair, TO_OWN)]
 
 
 def learned_verdict(cells: dict[str, Any], name: str, suffix: str) -> dict[str, Any]:
@@ -277,16 +277,16 @@ def learned_verdict(cells: dict[str, Any], name: str, suffix: str) -> dict[str, 
     }
 
 
-def rate_verdict(by_pair: dict[tuple[str, str, str], dict[str, Any]]) -> dict[str, Any]:
+def rate_verdict(by_pair: dict[tuple[str, str, str], dict[str, Any]], figure: str) -> dict[str, Any]:
     """Whether the rate has the sign of the samples' difference for all pairs whose samples differ for certain."""
-    pairs = [(a, b) for figure, a, b in by_pair if figure == TO_IMAGES and by_pair[figure, a, b]["separates"]]
+    pairs = [(a, b) for name, a, b in by_pair if name == figure and by_pair[figure, a, b]["separates"]]
     agreeing = 0
-    for pair in pairs:
-        rate, samples = by_pair[(RATE, *pair)], by_pair[(TO_IMAGES, *pair)]
+    for first, second in pairs:
+        rate, samples = by_pair[RATE, first, second], by_pair[figure, first, second]
         agreeing += bool(rate["separates"] and rate["lower_by"] * samples["lower_by"] > 0)
     return {
-        "sentence": "the rate ranks the codecs as their samples do",
-        "found": f"{agreeing} of {len(pairs)} pairs whose samples differ",
+        "sentence": f"the rate ranks the codecs as {figure} do",
+        "found": f"{agreeing} of {len(pairs)} pairs that differ",
         "shown": bool(pairs) and agreeing == len(pairs),
     }
 
@@ -315,23 +315,23 @@ def draw(path: Path, cells: dict[str, dict[int, dict[str, Any]]]) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
-    marks = {
-        TO_IMAGES: {"samples": TO_IMAGES, "reconstructions": "reconstructions to images"},
-        TO_OWN: {"samples": TO_OWN},
-    }
-    marks[TO_IMAGES] |= {f"{key}, decoded": f"{key} to images" for key in ("white noise", "spectral Gaussian")}
-    marks[TO_OWN] |= {f"{key}, decoded": f"{key} to own" for key in ("white noise", "spectral Gaussian")}
+    marks: dict[str, dict[str, str]] = {}
+    for name, suffix in ((TO_IMAGES, "images"), (TO_OWN, "own")):
+        marks[name] = {"samples": name}
+        marks[name] |= {f"{key}, decoded": f"{key} to {suffix}" for key in ("white noise", "spectral Gaussian")}
+    marks[TO_IMAGES]["reconstructions"] = "reconstructions to images"
     for axis, (title, figures) in zip(axes, marks.items()):
         for number, (label, name) in enumerate(figures.items()):
             x = [i + 0.15 * (number - 1.5) for i in range(len(CODECS)) for _ in SEEDS]
             y = [value for codec in CODECS for value in series(cells, codec, name)]
             axis.plot(x, y, "o", markersize=4, label=label)
         axis.set_xticks(range(len(CODECS)), CODECS)
-        axis.set_title(f"sliced Wasserstein distance, {title}")
+        axis.set_title(f"distance, {title}")
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
     for number, codec in enumerate(CODECS):
         axes[2].plot(series(cells, codec, RATE), series(cells, codec, TO_IMAGES), "o", color=f"C{number}", label=codec)
+    axes[2].locator_params(axis="x", nbins=5)
     axes[2].set_xlabel(RATE)
     axes[2].set_ylabel(TO_IMAGES)
     axes[2].legend(fontsize=8)

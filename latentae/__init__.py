@@ -11,6 +11,7 @@ from latentae.version import __version__
 if TYPE_CHECKING:
     from latentae.bench.run import bench
     from latentae.codec import LatentCodec
+    from latentae.denoisers.denoiser import ClassEmbedder
     from latentae.families.base import Autoencoder
     from latentae.families.dcae import DCAE
     from latentae.families.dito import DiTo
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from latentae.families.presets import create, presets
     from latentae.families.swycc import SWYCC
     from latentae.loading import load
+    from latentae.pipelines.flow import ClassConditionalFlowPipeline
     from latentae.store.encode import encode_dataset
     from latentae.store.reader import LatentStore
 
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 # library for it before it believes that the library's classes can be loaded.
 _HOME = {
     "Autoencoder": "latentae.families.base",
+    "ClassConditionalFlowPipeline": "latentae.pipelines.flow",
+    "ClassEmbedder": "latentae.denoisers.denoiser",
     "DCAE": "latentae.families.dcae",
     "DiTo": "latentae.families.dito",
     "LatentCodec": "latentae.codec",
@@ -43,6 +47,8 @@ __all__ = [
     "DCAE",
     "SWYCC",
     "Autoencoder",
+    "ClassConditionalFlowPipeline",
+    "ClassEmbedder",
     "DiTo",
     "LatentCodec",
     "LatentStore",

@@ -152,6 +152,10 @@ class LatentCodec:
 
     @property
     def device(self) -> torch.device:
+        """Where it computes; what offloads weights holds them elsewhere in between."""
+        for module in self.autoencoder.modules() if hasattr(self.autoencoder, "_hf_hook") else ():
+            if device := getattr(getattr(module, "_hf_hook", None), "execution_device", None):
+                return torch.device(device)
         return next(self.autoencoder.parameters()).device
 
     @property
@@ -270,18 +274,26 @@ class LatentCodec:
         if num_inference_steps is not None:
             return self.with_inference_steps(num_inference_steps).decode(latents, generator=generator)
         z = latents.tensor if isinstance(latents, Latents) else latents
-        z = self.denormalise(z.to(self.device)).to(self.dtype)
-        arguments = {**self._fixed_arguments, **({"generator": generator} if self._takes_generator else {})}
-        if self._steps:
-            arguments["num_inference_steps"] = self._steps
-        with self._precision():
-            output = self._decode(z, **arguments)
-        pixels: Tensor = (output.sample if hasattr(output, "sample") else output).float()
+        pixels = self.decode_raw(self.denormalise(z.to(self.device)), generator=generator)
         if not isinstance(latents, Latents):
             return pixels
         if pixels.ndim == 5:
             pixels = pixels[:, :, 0] if latents.frames is None else pixels[:, :, : latents.frames]
         return pixels[..., : latents.height, : latents.width]
+
+    @torch.no_grad()
+    def decode_raw(self, z: Tensor, *, generator: torch.Generator | list[torch.Generator] | None = None) -> Tensor:
+        """Raw latents, such as of `posterior` or of a denoiser with a normalisation of its own, to pixels of full size.
+
+        Otherwise as `decode`.
+        """
+        z = z.to(self.device, self.dtype)
+        arguments = {**self._fixed_arguments, **({"generator": generator} if self._takes_generator else {})}
+        if self._steps:
+            arguments["num_inference_steps"] = self._steps
+        with self._precision():
+            output = self._decode(z, **arguments)
+        return (output.sample if hasattr(output, "sample") else output).float()
 
     def reconstruct(
         self, pixels: Tensor, *, generator: torch.Generator | list[torch.Generator] | None = None

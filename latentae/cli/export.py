@@ -1,4 +1,4 @@
-"""Save a trained autoencoder as an ordinary diffusers folder.
+"""Save a trained autoencoder, or a latent diffusion with its autoencoder, as an ordinary diffusers folder.
 
 DC-AE is written as the stock class AutoencoderDC and stock autoencoders as what they are: the folder opens with
 from_pretrained where latentae is not installed. A family that diffusers does not have opens with latentae.load; with
@@ -11,7 +11,12 @@ mean square), with shift_factor or latents_mean and latents_std where the model'
 --data out where a denoiser is trained already, as for an encoder distilled into a teacher's latents: it needs the old
 scale.
 
+A run that trained a denoiser becomes the folder of a pipeline, with the autoencoder of its latents as the vae:
+latentae.ClassConditionalFlowPipeline, or by --pipeline dit stock diffusers' DiTPipeline, where that can hold it (a DiT,
+at most 1000 classes, latents that were normalised by one scale).
+
   latentae export runs/my-run exported/ --data photos/
+  latentae export runs/my-diffusion pipeline/
 """
 
 import argparse
@@ -21,6 +26,8 @@ from typing import Any
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="run folder, checkpoint, model folder or hub id")
     parser.add_argument("folder", metavar="DIR", help="where to write; must be new or empty")
+    parser.add_argument("--pipeline", choices=("flow", "dit"), help="of a denoiser (default: flow)")
+    parser.add_argument("--vae", metavar="MODEL", help="autoencoder of a denoiser (default: that of its training)")
     parser.add_argument("--with-code", action="store_true", help="add the code of a family that diffusers has not")
     parser.add_argument("--data", metavar="FOLDER", help="images on which to measure the latents' scale anew")
     parser.add_argument("--size", type=int, default=256, help="side of their centre crops (default: %(default)s)")
@@ -39,11 +46,16 @@ def run(args: argparse.Namespace) -> int:
     from latentae.console import say
     from latentae.errors import RequestError
     from latentae.loading import export, load_model
+    from latentae.loading.diffusion import is_diffusion_run
     from latentae.nn.padding import padding_mode
 
     folder = Path(args.folder)
     if folder.is_dir() and any(folder.iterdir()) and not args.overwrite:
         raise RequestError(f"{folder} is not empty: choose another folder, or replace what is there with --overwrite.")
+    if is_diffusion_run(args.model):
+        return _export_diffusion(args)
+    if args.pipeline or args.vae:
+        raise RequestError(f"--pipeline and --vae are for a run that trained a denoiser; {args.model} is none.")
     model = load_model(args.model, random_weights=args.random_weights)
     if args.data is not None:
         for name, (before, after) in refresh_normalisation(model, _measure(model, args)).items():
@@ -61,6 +73,41 @@ def run(args: argparse.Namespace) -> int:
         print(f"{folder}: diffusers.AutoModel.from_pretrained({str(folder)!r}, trust_remote_code=True) opens it")
     else:
         print(f"{folder}: latentae.load({str(folder)!r}) opens it; --with-code adds what diffusers alone would need")
+    return 0
+
+
+def _export_diffusion(args: argparse.Namespace) -> int:
+    from latentae.console import say
+    from latentae.errors import MissingWeights, RequestError
+    from latentae.loading import load_model, weights_hash
+    from latentae.loading.diffusion import load_diffusion
+    from latentae.pipelines import export_pipeline
+
+    if args.data is not None or args.with_code:
+        raise RequestError("--data and --with-code are for an autoencoder on its own; export that one first.")
+    diffusion = load_diffusion(args.model)
+    source = args.vae or diffusion.autoencoder
+    if source is None:
+        raise RequestError(f"{args.model} was trained without an autoencoder: name that of its latents by --vae.")
+    try:
+        autoencoder = load_model(source, random_weights=args.random_weights)
+    except MissingWeights as error:
+        if args.vae:
+            raise
+        raise MissingWeights(f"{error} It is the autoencoder of this run: say by --vae where it is now.") from error
+    if diffusion.autoencoder_sha256 is None:
+        say(f"warning: the run does not know the weights of its autoencoder, so {source} is taken on trust.")
+    elif (found := weights_hash(autoencoder)) != diffusion.autoencoder_sha256:
+        raise RequestError(
+            f"{source} is not the autoencoder whose latents the denoiser learnt: its weights have sha256 "
+            f"{found[:12]}…, those had {diffusion.autoencoder_sha256[:12]}…; name the right one by --vae."
+        )
+    name, needs_latentae = export_pipeline(diffusion, autoencoder, args.folder, args.pipeline or "flow")
+    if name == "DiTPipeline":
+        before = "after 'import latentae', " if needs_latentae else ""
+        print(f"{args.folder}: {before}diffusers.DiTPipeline.from_pretrained({args.folder!r}) opens it")
+    else:
+        print(f"{args.folder}: latentae.{name}.from_pretrained({args.folder!r}) opens it")
     return 0
 
 

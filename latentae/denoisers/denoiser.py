@@ -43,6 +43,9 @@ class ClassEmbedder(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return self.table(labels)[:, None]
 
 
+ClassEmbedder.__module__ = "latentae"  # what saved pipelines call its library, wherever this file is
+
+
 class Denoiser(nn.Module):
     """The velocity ``noise - clean`` of noisy latents, ``(1 - t) * clean + t * noise``.
 

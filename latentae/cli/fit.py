@@ -1,14 +1,14 @@
-"""Train an autoencoder from a recipe. The same command again continues the run."""
+"""Train an autoencoder, or a denoiser of its latents, from a recipe. The same command again continues the run."""
 
 import importlib.util
 
 from latentae.errors import MissingExtra
 
-SUMMARY = "train an autoencoder from a recipe; the same command again resumes"
+SUMMARY = "train an autoencoder or a denoiser from a recipe; the same command again resumes"
 
 HELP = """usage: latentae fit --config RECIPE [--run_dir DIR] [--data.path FOLDER] [OPTIONS]
 
-Train an autoencoder from a recipe. The same command again continues the run in DIR.
+Train an autoencoder, or a denoiser of its latents, from a recipe. The same command again continues the run in DIR.
 
   latentae fit --config demo --run_dir runs/mine --data.path photos --trainer.max_steps 1000
 
@@ -16,8 +16,9 @@ what to train
   --config RECIPE             a YAML file, or the name of a shipped recipe: demo, sd-vae-f8c4, dcae/f32c32-phase1,
                               -phase2, -phase3, and so for dcae/f64c128 and dcae/f128c512; eq-vae/finetune-kl, -vq;
                               litevae/b-f8c12-128, -256, litevae/distill-f8c4; dito/b-f8c4, l-, xl-, b-f8c4-lpips,
-                              dito/distill-one-step, dito/onto-sd-vae-phase1, -phase2, glpto/b-f8c4, swycc/f8c4; given
-                              more than once, later ones change earlier ones, and options change them all; 'latentae
+                              dito/distill-one-step, dito/onto-sd-vae-phase1, -phase2, glpto/b-f8c4, swycc/f8c4;
+                              latent diffusion: diffusion/tiny, diffusion/dit-f8p2, -f32p1, -f64p1; given more
+                              than once, later ones change earlier ones, and options change them all; 'latentae
                               stages' runs several
   --run_dir DIR               where checkpoints, samples, TensorBoard logs and config.yaml go (default runs/RECIPE)
   --fork                      continue DIR although the configuration has changed since it was started
@@ -49,14 +50,24 @@ options of a recipe, each also a key of its YAML
   --model.optimizer.lr LR                --model.ema DECAY    --model.accumulate N    --model.gradient_clip NORM
   --checkpoint.every_steps N             --images.count N     --seed_everything N
 
+of latent diffusion
+  --data.path STORE           latents that 'latentae encode' wrote, or images, which --model.codec MODEL encodes on the
+                              fly; --data.flip true mirrors half of the images
+  --model.denoiser.preset NAME           dit-tiny, dit-s, dit-b, dit-l, dit-xl, pixart-xl, sana-600m …, or .class_name
+                                         CLASS of diffusers; --model.denoiser.patch_size N, and so every argument of the class
+  --model.num_classes N       1 trains without classes (default: those of the data)   --model.label_dropping SHARE
+  --model.normalisation model the autoencoder's own scale instead of mean 0 and standard deviation 1 in each channel
+  --model.times.class_path LogitNormalTimes   --model.gradient_checkpointing true
+  --images.steps N            of the samples in the pictures  --images.guidance_scale G
+
   --trainer.devices 8 --trainer.num_nodes 2   more machines: the same command on each, started by SLURM or torchrun
   --trainer.logger WandbLogger --trainer.logger.project NAME   Weights & Biases instead of TensorBoard
 
   --print_config              show the whole configuration and stop
   --help-all                  every option of Lightning's Trainer and of the classes above
 
-The run folder is a model: latentae encode PHOTOS OUT --model runs/mine. A killed or terminated run loses the steps
-since its last checkpoint at most; exit codes are those of 'latentae --help'.
+The run folder of an autoencoder is a model: latentae encode PHOTOS OUT --model runs/mine. A killed or
+terminated run loses the steps since its last checkpoint at most; exit codes are those of 'latentae --help'.
 """
 
 

@@ -9,14 +9,14 @@ SUMMARY = "measure a trained checkpoint on held-out images"
 HELP = """usage: latentae validate --run_dir DIR [--data.val_path FOLDER] [OPTIONS]
 
 Print PSNR, SSIM, LPIPS (if AlexNet's weights are on this machine) and every loss term of a run's last checkpoint on all
-its held-out images, with averaged weights if the run has them.
+its held-out images, with averaged weights if the run has them; of a latent diffusion, the loss on held-out latents.
 
   latentae validate --run_dir runs/mine --data.val_path other-photos
 
   --run_dir DIR               the run; its config.yaml is the configuration
   --ckpt_path FILE            another checkpoint than DIR/checkpoints/last.ckpt
   --config RECIPE             another configuration than the run's
-  --data.val_path FOLDER      images to measure on (default: those that the run held out)
+  --data.val_path FOLDER      images, or a store, to measure on (default: what the run held out)
   --data.val_images N         only the first N of them
   --data.size N               side of the centre crops        --data.batch_size N
   --help-all                  every option

@@ -1,5 +1,7 @@
 """The picture that shows how an autoencoder does: input, reconstruction, error and latents side by side."""
 
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -29,9 +31,26 @@ def panel(pixels: torch.Tensor, reconstruction: torch.Tensor, latents: torch.Ten
     columns = [pixels, reconstruction, error]
     if latents is not None:
         columns += _latents_as_grey(latents[:, :LATENT_CHANNELS_SHOWN], pixels.shape[-2:])
-    grid = torch.stack(columns, dim=1)  # (B, columns, 3, H, W)
-    grid = F.pad(grid, (0, GAP, 0, GAP), value=255).permute(0, 3, 1, 4, 2)  # (B, H + gap, columns, W + gap, 3)
-    return grid.flatten(2, 3).flatten(0, 1)[:-GAP, :-GAP].contiguous().numpy()
+    return _tiles(torch.stack(columns, dim=1))
+
+
+def grid(pixels: torch.Tensor) -> np.ndarray:
+    """Images side by side, as many in a row as make the picture about square, uint8 (rows, columns, 3).
+
+    Args:
+        pixels: (B, 3, H, W), uint8 or float in [-1, 1].
+    """
+    pixels = _to_uint8(pixels)
+    columns = math.ceil(math.sqrt(len(pixels)))
+    rows = math.ceil(len(pixels) / columns)
+    white = pixels.new_full((rows * columns - len(pixels), *pixels.shape[1:]), 255)
+    return _tiles(torch.cat([pixels, white]).unflatten(0, (rows, columns)))
+
+
+def _tiles(images: torch.Tensor) -> np.ndarray:
+    """Images (rows, columns, 3, H, W) as one picture with white gaps."""
+    padded = F.pad(images, (0, GAP, 0, GAP), value=255).permute(0, 3, 1, 4, 2)  # (rows, H + gap, columns, W + gap, 3)
+    return padded.flatten(2, 3).flatten(0, 1)[:-GAP, :-GAP].contiguous().numpy()
 
 
 def _to_uint8(pixels: torch.Tensor) -> torch.Tensor:

@@ -94,11 +94,38 @@ class LatentStore:
     @property
     def keys(self) -> list[str]:
         """Keys of the encoded inputs: ``keys[i]`` is ``store[i]["key"]``."""
-        keys = []
+        return self._column("key")
+
+    @property
+    def labels(self) -> list[int]:
+        """Labels of the encoded inputs in the same order, -1 where there is none."""
+        return [-1 if label is None else label for label in self._column("label")]
+
+    def _column(self, name: str) -> list[Any]:
+        values = []
         for shard, _ in self._filled:
-            rows = read_rows(self.path, shard, ["key", "status"])
-            keys += [key for key, status in zip(rows["key"], rows["status"]) if status == "ok"]
-        return keys
+            rows = read_rows(self.path, shard, [name, "status"])
+            values += [value for value, status in zip(rows[name], rows["status"]) if status == "ok"]
+        return values
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """The shape of every entry's latents, such as (C, h, w); of moments, that of their mode.
+
+        Raises:
+            RequestError: nothing is encoded yet, or the shapes differ, as from images of their own sizes.
+        """
+        shapes = sorted({tuple(marker["latent_shape"]) for _, marker in self._filled})
+        if not shapes:
+            raise RequestError(f"{self.path} has no encoded inputs yet.")
+        if len(shapes) > 1:
+            listed = ", ".join(" x ".join(map(str, shape)) for shape in shapes[:3])
+            raise RequestError(
+                f"{self.path} holds latents of {len(shapes)} shapes ({listed}{', …' if len(shapes) > 3 else ''}): "
+                "encode with --size for one."
+            )
+        channels, *sides = shapes[0]
+        return (channels // 2 if self._tensor == "moments" else channels, *sides)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not -len(self) <= index < len(self):
@@ -135,11 +162,13 @@ class LatentStore:
         """Mean and standard deviation of each latent channel, merged from the commit markers; no latents are read.
 
         Raises:
-            RequestError: nothing is encoded yet.
+            RequestError: nothing is encoded yet, or other software wrote markers without sums.
         """
         if not self._filled:
             raise RequestError(f"{self.path} has no encoded inputs yet, so it has no statistics.")
         markers = [marker for _, marker in self._filled]
+        if any(name not in marker for marker in markers for name in self._sums):
+            raise RequestError(f"{self.path} has shards without statistics: encode them again with this version.")
         channels = len(markers[0]["sum"])
         count = sum(m["encoded"] * math.prod(m["latent_shape"][1:]) for m in markers)
 
@@ -177,6 +206,11 @@ class LatentStore:
         axes = latents.ndim - (1 if latents.ndim == self._stored_dimensions else 2)
         shape = (-1,) + (1,) * axes
         return (latents.float() - mean.view(shape).to(latents.device)) * scale.view(shape).to(latents.device)
+
+    @property
+    def _sums(self) -> list[str]:
+        """What the statistics are made of, in every marker."""
+        return ["sum", "sum_of_squares", *(["sum_of_variances"] if self._tensor == "moments" else [])]
 
     @property
     def _stored_dimensions(self) -> int:

@@ -8,6 +8,7 @@ import warnings
 from argparse import ArgumentError
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from difflib import unified_diff
 from importlib.util import find_spec
 from multiprocessing import active_children
@@ -36,11 +37,14 @@ from latentae.training.callbacks import (
     BrokenImages,
     Checkpoints,
     ReconstructionImages,
+    SampleImages,
     Termination,
     TrainingProgress,
 )
 from latentae.training.config import check_keys, check_left_out, explain_value, merge, options, with_recipe_files
 from latentae.training.datamodule import ImageData
+from latentae.training.diffusion import LatentDiffusionModule
+from latentae.training.latent_data import LatentData
 from latentae.training.recipes import recipe_names
 from latentae.weights import open_state_dict
 
@@ -54,14 +58,44 @@ TRAINER_DEFAULTS = {
     "enable_model_summary": False,
     "use_distributed_sampler": False,  # ImageData gives each rank its own positions
 }
-SECTIONS: dict[str, Any] = {
-    "seed_everything": None,
-    "trainer": Trainer,
-    "model": AutoencoderModule,
-    "data": ImageData,
-    "checkpoint": Checkpoints,
-    "images": ReconstructionImages,
-}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a recipe configures: the classes of its sections, and what is said about its run."""
+
+    module: type
+    data: type
+    images: type
+    use: str  # of a finished run
+    anew: str  # how a changed configuration starts
+
+    @property
+    def sections(self) -> dict[str, Any]:
+        return {
+            "seed_everything": None,
+            "trainer": Trainer,
+            "model": self.module,
+            "data": self.data,
+            "checkpoint": Checkpoints,
+            "images": self.images,
+        }
+
+
+AUTOENCODER = Task(
+    AutoencoderModule,
+    ImageData,
+    ReconstructionImages,
+    use="Use it as --model {run}.",
+    anew="start a new run with --model.autoencoder.init_from RUN_DIR",
+)
+DIFFUSION = Task(
+    LatentDiffusionModule,
+    LatentData,
+    SampleImages,
+    use="Make a diffusers pipeline of it with 'latentae export {run} DIR'.",
+    anew="start a new run in another --run_dir",
+)
 NOT_IN_CONFIG = ("config", "run_dir", "fork", "ckpt_path")  # of one command, not of the run
 # These may differ between two commands on one run: no result depends on them.
 WITHOUT_EFFECT = ("data.workers", "trainer.enable_progress_bar", "trainer.default_root_dir")
@@ -84,12 +118,12 @@ def fit_command(argv: list[str]) -> int:
         cli.build(resuming)
         cli.save_config()
         trainer: Any = cli.trainer
-        with one_voice(), lightning_manners(trainer):
+        with one_voice(), lightning_manners(trainer, cli.task):
             trainer.fit(cli.model, cli.datamodule, ckpt_path=last if resuming else None)
-            if cli.datamodule.val_source.items():
+            if cli.datamodule.validates:
                 print_results(trainer.validate(cli.model, cli.datamodule, verbose=False))
         if trainer.is_global_zero:
-            say(f"{cli.run_dir} is finished: {trainer.global_step} steps. Use it as --model {cli.run_dir}.")
+            say(f"{cli.run_dir} is finished: {trainer.global_step} steps. {cli.task.use.format(run=cli.run_dir)}")
         return 0
 
 
@@ -109,12 +143,12 @@ def validate_command(argv: list[str]) -> int:
         if "data.val_images" not in given:
             cli.config.data.val_images = None
         cli.config.images.count = 0
-        if "data.size" in given and "data.val_sizes" not in given:
+        if cli.task is AUTOENCODER and "data.size" in given and "data.val_sizes" not in given:
             cli.config.data.val_sizes = None
         cli.config.trainer.logger = False
         cli.build(resuming=True)
         trainer: Any = cli.trainer
-        with one_voice(), lightning_manners(trainer):
+        with one_voice(), lightning_manners(trainer, cli.task):
             print_results(trainer.validate(cli.model, cli.datamodule, ckpt_path=checkpoint, verbose=False))
         return 0
 
@@ -147,7 +181,7 @@ def first_to_fail() -> bool:
 
 
 @contextmanager
-def lightning_manners(trainer: Any) -> Iterator[None]:
+def lightning_manners(trainer: Any, task: Task) -> Iterator[None]:
     """Turn Lightning's ways of ending on signals and mistakes into ours."""
     outer = signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Lightning would run an inherited handler in mid-step
     others = set(active_children())
@@ -170,8 +204,8 @@ def lightning_manners(trainer: Any) -> Iterator[None]:
     except (RuntimeError, ValueError) as error:
         if "state_dict" in str(error) or "state dict" in str(error):
             raise RequestError(
-                f"The run's checkpoint does not fit the changed configuration ({str(error).split(':')[0]}): start "
-                "a new run with --model.autoencoder.init_from RUN_DIR."
+                f"The run's checkpoint does not fit the changed configuration ({str(error).split(':')[0]}): "
+                f"{task.anew}."
             ) from error
         raise
     finally:
@@ -192,10 +226,13 @@ class CommandLine(LightningCLI):
     """The configuration of one command: parsed on construction, built into trainer, module and data by `build`."""
 
     def __init__(self, argv: list[str]):
-        arguments = ["--help"] if "--help-all" in argv else with_recipe_files(argv)
+        recipe = with_recipe_files([word for word in argv if word != "--help-all"])
+        model = merge(recipe).get("model")
+        self.task = DIFFUSION if isinstance(model, dict) and "denoiser" in model else AUTOENCODER
+        arguments = ["--help"] if "--help-all" in argv else recipe
         super().__init__(
-            AutoencoderModule,
-            ImageData,
+            self.task.module,
+            self.task.data,
             save_config_callback=None,
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=0,
@@ -205,8 +242,8 @@ class CommandLine(LightningCLI):
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
-        recipe = str(dict(options(arguments)).get("config", "fit"))
-        self.run_dir = Path(self.config.run_dir or Path("runs", Path(recipe).stem))
+        name = str(dict(options(arguments)).get("config", "fit"))
+        self.run_dir = Path(self.config.run_dir or Path("runs", Path(name).stem))
         if self.run_dir.exists() and not self.run_dir.is_dir():
             raise RequestError(f"{self.run_dir} is a file: --run_dir names the folder of the run.")
         self.config.trainer.default_root_dir = str(self.run_dir)
@@ -216,14 +253,15 @@ class CommandLine(LightningCLI):
         parser.add_argument("--fork", action="store_true", help="Continue under a changed configuration.")
         parser.add_argument("--ckpt_path", type=str | None, default=None, help="Checkpoint to validate.")
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
-        parser.add_lightning_class_args(ReconstructionImages, "images")
+        parser.add_lightning_class_args(self.task.images, "images")
         parser.link_arguments("seed_everything", "model.seed")
         parser.link_arguments("seed_everything", "data.seed")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        check_keys(merge(args), SECTIONS | dict.fromkeys([*NOT_IN_CONFIG, "help", "print_config"]))
-        objective: Any = next(action for action in parser._actions if action.dest == "model.objective")
-        objective._typehint = dict[str, Term | None]  # null leaves a term of the recipe out
+        check_keys(merge(args), self.task.sections | dict.fromkeys([*NOT_IN_CONFIG, "help", "print_config"]))
+        objective: Any = next((action for action in parser._actions if action.dest == "model.objective"), None)
+        if objective is not None:
+            objective._typehint = dict[str, Term | None]  # null leaves a term of the recipe out
         try:
             self.config = parser.parse_args(args)
         except ArgumentError as error:
@@ -231,6 +269,8 @@ class CommandLine(LightningCLI):
                 names = ", ".join(recipe_names())
                 raise RequestError(f"Give a whole recipe with --config: a file, or one of {names}.") from error
             raise RequestError(explain_value(str(error))) from error
+        if objective is None:
+            return
         check_left_out(args)
         terms = {name: term for name, term in self.config.model.objective.items() if term is not None}
         if not terms:
@@ -247,14 +287,15 @@ class CommandLine(LightningCLI):
             raise RequestError(
                 "trainer.logger WandbLogger needs Weights & Biases, not installed here: pip install wandb."
             )
-        description = self.config.model.autoencoder
-        if resuming:
+        description = self.config.model.get("autoencoder")
+        if resuming and description is not None:
             self.config.model.autoencoder = {k: v for k, v in description.items() if k != "init_from"}
         try:
             super().instantiate_classes()
         except ValueError as error:
             raise own_cause(error) or error from None
-        self.config.model.autoencoder = description  # the configuration that is saved names where the run began
+        if description is not None:
+            self.config.model.autoencoder = description  # the configuration that is saved names where the run began
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         config = self.config_init.trainer

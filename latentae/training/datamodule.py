@@ -92,24 +92,35 @@ class ImageData(pl.LightningDataModule):
         dataset = ImageDataset(
             self.train_source, size=self.size, seed=self.seed, dead_leaves=self.dead_leaves, max_bad=self.max_bad
         )
+        return self._stream(dataset)
+
+    def val_dataloader(self) -> list[DataLoader]:
+        """One loader for each size, of this rank's part of the held-out images; none without such images."""
+        if not self.validates:
+            return []
+        chosen = _Chosen(self.val_source, self.val_source.items()[: self.val_images])
+        options: dict[str, Any] = {"augment": False, "max_bad": self.max_bad}
+        return [self._in_order(ImageDataset(chosen, size=size, **options)) for size in self.validated_sizes]
+
+    @property
+    def validates(self) -> bool:
+        """Whether there is anything to validate on."""
+        return bool(self.val_source.items())
+
+    def _stream(self, dataset: Any) -> DataLoader:
+        """Batches of this rank from the position at which the run stands, without end."""
         trainer: Any = self.trainer
         start = trainer.lightning_module.samples_seen
         batches = PositionBatches(start, self.batch_size, trainer.global_rank, trainer.world_size)
         return DataLoader(dataset, batch_sampler=batches, **self._loader_options())
 
-    def val_dataloader(self) -> list[DataLoader]:
-        """One loader for each size, of this rank's part of the held-out images; none without such images."""
-        if not self.val_source.items():
-            return []
-        chosen = _Chosen(self.val_source, self.val_source.items()[: self.val_images])
-        return [self._val_dataloader(chosen, size) for size in self.validated_sizes]
-
-    def _val_dataloader(self, source: Source, size: int) -> DataLoader:
-        dataset = ImageDataset(source, size=size, augment=False, max_bad=self.max_bad)
+    def _in_order(self, dataset: Any, count: int | None = None) -> DataLoader:
+        """This rank's part of the first ``count`` samples; all of them where there are more ranks than samples."""
         trainer: Any = self.trainer
-        mine = range(trainer.global_rank, len(dataset), trainer.world_size)
-        if len(dataset) < trainer.world_size:
-            mine = range(len(dataset))
+        count = min(len(dataset), count or len(dataset))
+        mine = range(trainer.global_rank, count, trainer.world_size)
+        if count < trainer.world_size:
+            mine = range(count)
         return DataLoader(dataset, self.batch_size, sampler=mine, **self._loader_options())
 
     def _loader_options(self) -> dict[str, Any]:
@@ -161,12 +172,18 @@ def hold_out(source: Source, fraction: float) -> tuple[Source, Source]:
     The second part has about ``fraction`` of the items, at least one where there are two, and is in the order of the
     hash, so that its first images are of all kinds.
     """
-    items = sorted(source.items(), key=lambda item: _hash(item.key))
-    count = sum(_hash(item.key) < fraction for item in items)
+    items = source.items()
+    trained, held_out = split([item.key for item in items], fraction)
+    return _Chosen(source, [items[i] for i in trained]), _Chosen(source, [items[i] for i in held_out])
+
+
+def split(keys: list[str], fraction: float) -> tuple[list[int], list[int]]:
+    """The indices of the two parts of `hold_out`: the first in the order of the keys, the second of their hashes."""
+    order = sorted(range(len(keys)), key=lambda i: _hash(keys[i]))
+    count = sum(_hash(key) < fraction for key in keys)
     if fraction > 0:
-        count = min(max(count, 1), len(items) - 1)
-    trained = sorted(items[count:], key=lambda item: item.key)
-    return _Chosen(source, trained), _Chosen(source, items[:count])
+        count = min(max(count, 1), len(keys) - 1)
+    return sorted(order[count:], key=lambda i: keys[i]), order[:count]
 
 
 def _hash(key: str) -> float:

@@ -30,7 +30,9 @@ from latentae.objectives import (
     LogitNormalTimes,
     NoiseSynchronization,
 )
+from latentae.training.diffusion import LatentDiffusionModule
 from latentae.training.distillation import StepDistillation
+from latentae.training.latent_data import LatentData
 
 STEPS = 4
 ADVERSARY = {"start_step": 1, "adaptive": True, "lecam": 0.01, "r1": 0.1, "r1_every": 2}
@@ -44,11 +46,16 @@ CASES = {
     "diffusion": ("64-true", 1e-10),
     "two decoders": ("64-true", 1e-10),
     "one step": ("64-true", 1e-10),
+    "latents": ("64-true", 1e-10),
     "float32": ("32-true", 1e-5),
 }
 
 
 def build(name, runs):
+    if name == "latents":  # sampled from a posterior, normalised as the ranks measure together
+        codec = latentae.create("litevae-tiny").double()
+        denoiser = {"preset": "dit-tiny", "num_layers": 1}
+        return LatentDiffusionModule(denoiser, codec, accumulate=2, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
     if name == "kl":
         torch.manual_seed(0)
         blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
@@ -96,6 +103,8 @@ def train_all(folder, out, world_size, runs):
     for name, (precision, _) in CASES.items():
         module = build(name, runs)
         data = runs.make_data(folder, batch_size=4 // world_size)
+        if name == "latents":
+            data = LatentData(str(folder), size=32, batch_size=4 // world_size, workers=0, flip=True)
         runs.fit(module, data, out / name, STEPS, precision=precision, **options)
 
 

@@ -2,7 +2,7 @@
 
 from latentae.training.callbacks.broken import BrokenImages
 from latentae.training.callbacks.checkpoints import AtomicCheckpointIO, Checkpoints
-from latentae.training.callbacks.images import ReconstructionImages
+from latentae.training.callbacks.images import ReconstructionImages, SampleImages
 from latentae.training.callbacks.progress import TrainingProgress
 from latentae.training.callbacks.termination import Termination
 
@@ -11,6 +11,7 @@ __all__ = [
     "BrokenImages",
     "Checkpoints",
     "ReconstructionImages",
+    "SampleImages",
     "Termination",
     "TrainingProgress",
 ]

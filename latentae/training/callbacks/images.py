@@ -3,13 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from PIL import Image
 from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 
-from latentae.data.visual import panel
+from latentae.data.visual import grid, panel
+from latentae.errors import RequestError
 
 FOLDER = "samples"
 
@@ -49,12 +51,41 @@ class ReconstructionImages(pl.Callback):
 
     def _draw(self, rows: list[dict[str, Tensor]], suffix: str, trainer: pl.Trainer) -> None:
         picture = panel(*(torch.cat([row[name] for row in rows]) for name in ("pixels", "reconstruction", "latents")))
-        path = Path(trainer.default_root_dir) / FOLDER / f"step-{trainer.global_step:08d}{suffix}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture).save(path)
-        for logger in trainer.loggers:
-            name, step = f"reconstructions{suffix}", trainer.global_step
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image(name, picture, step, dataformats="HWC")
-            elif isinstance(logger, WandbLogger):
-                logger.log_image(name, [picture], step)
+        save_picture(picture, "reconstructions", suffix, trainer)
+
+
+class SampleImages(pl.Callback):
+    """At every validation, draws and decodes samples of a latent diffusion from the same noise, with averaged weights.
+
+    The picture is ``samples/step-00001000.png`` in the run folder and ``samples`` in TensorBoard and Weights & Biases;
+    there is none without ``model.codec``.
+
+    Args:
+        count: samples, over all classes evenly; 0 draws none.
+        steps: Euler's, of each.
+        guidance_scale: of classifier-free guidance; 1 for none.
+    """
+
+    def __init__(self, count: int = 8, steps: int = 20, guidance_scale: float = 1.0):
+        if steps < 1:
+            raise RequestError(f"images.steps is {steps}; expected at least 1.")
+        self.count, self.steps, self.guidance_scale = count, steps, guidance_scale
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if trainer.sanity_checking or not trainer.is_global_zero or self.count < 1:
+            return
+        images = pl_module.draw_images(self.count, self.steps, self.guidance_scale)
+        if images is not None:
+            save_picture(grid(images), "samples", "", trainer)
+
+
+def save_picture(picture: np.ndarray, name: str, suffix: str, trainer: pl.Trainer) -> None:
+    """Write a picture (H, W, 3) into the run folder and give it to the loggers."""
+    path = Path(trainer.default_root_dir) / FOLDER / f"step-{trainer.global_step:08d}{suffix}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture).save(path)
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_image(f"{name}{suffix}", picture, trainer.global_step, dataformats="HWC")
+        elif isinstance(logger, WandbLogger):
+            logger.log_image(f"{name}{suffix}", [picture], trainer.global_step)

@@ -121,12 +121,18 @@ class LatentSpace:
 
     def decode(self, white: Tensor, names: Sequence[str], seed: int = 0) -> Tensor:
         """Whitened latents (N, C, h, w) to images, uint8 (N, 3, H, W); decoders that sample start from noise seeded by
-        the names."""
+        the names.
+
+        Raises:
+            DataError: what is decoded holds NaN or infinity.
+        """
         images = []
         for start in range(0, len(white), BATCH):
             noise: Any = [noise_generator(seed, name) for name in names[start : start + BATCH]]
             latents = self.whitening.undo(white[start : start + BATCH].cpu())
             decoded = self.codec.decode(Latents(latents, *self.size), generator=noise)
+            if not decoded.isfinite().all():
+                raise DataError(f"{type(self.codec.autoencoder).__name__} decodes to NaN or infinity: it is broken.")
             images.append(to_uint8(decoded).cpu())
         return torch.cat(images)
 

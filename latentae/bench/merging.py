@@ -7,6 +7,7 @@ from typing import Any
 
 from latentae.bench.diagnostics import codebook_section, diagnostics_section
 from latentae.bench.equivariance import equivariance_section
+from latentae.bench.probe_report import probe_section
 from latentae.bench.quality import METRICS
 from latentae.bench.report import require_report, write_report
 from latentae.bench.results import read_results, write_results
@@ -68,6 +69,7 @@ def merge_results(paths: Sequence[str | Path], *, out: str | Path | None = None,
         sections = [diagnostics_section(models), codebook_section(models)]
         with_equivariance = [model for model in models if "equivariance" in model["latents"]]
         sections += [equivariance_section(with_equivariance)] if with_equivariance else []
+        sections += [probe_section(models)] if any(model.get("probe") for model in models) else []
         write_results(results, folder)
         write_report(results, folder / "report.html", [section for section in sections if section.rows])
     return results

@@ -21,7 +21,7 @@ from latentae.bench.speed import count_gmac
 from latentae.codec import LatentCodec
 from latentae.console import Progress
 from latentae.denoisers import Denoiser, create_denoiser, sample, velocity_errors
-from latentae.errors import MissingExtra, MissingWeights, RequestError
+from latentae.errors import DataError, MissingExtra, MissingWeights, RequestError
 from latentae.metrics.diffusion_rate import SpectralGaussian, diffusion_nats, gaussian_nats
 from latentae.metrics.frechet import FrechetInceptionDistance
 from latentae.metrics.sliced_wasserstein import SlicedWasserstein
@@ -131,9 +131,10 @@ class Prober:
 
         Returns:
             ``sliced_wasserstein`` of ``samples``, ``reconstructions`` and as many ``train`` images to the held-out
-            ones, by scale and ``mean``; ``frechet`` of the same where Inception's weights are on this machine, and else
-            why not; ``rate`` in bits per pixel with its standard error over images; ``loss_by_time``, the squared error
-            of the velocity on held-out latents by tenths of time; ``training`` and ``cost``.
+            ones, and of ``samples_to_reconstructions``, by scale and ``mean``; ``frechet`` of the first three where
+            Inception's weights are on this machine, and else why not; ``rate`` in bits per pixel with its standard
+            error over images; ``loss_by_time``, the squared error of the velocity on held-out latents by tenths of
+            time; ``training`` and ``cost``.
         """
         settings, space = self.settings, self.space
         denoiser, training = self._train(seed)
@@ -149,6 +150,8 @@ class Prober:
             loss_by_time = self._loss_by_time(denoiser)
             rate = self._rate(denoiser)
         compared = {"samples": self._compare(samples), **self.references}
+        distances = {name: row["sliced_wasserstein"] for name, row in compared.items()}
+        distances["samples_to_reconstructions"] = self.distance(samples, space.reconstructions)
         decode = count_gmac(space.codec, space.size[0]).get("decode")
         channels, height, width = space.shape
         figures = {
@@ -156,7 +159,7 @@ class Prober:
             "latent_shape": [channels, height, width],
             "images": {"train": len(space.train), "held_out": len(space.held_out), "samples": len(samples)},
             "dead_channels": space.whitening.dead,
-            "sliced_wasserstein": {name: row["sliced_wasserstein"] for name, row in compared.items()},
+            "sliced_wasserstein": distances,
             "frechet": {"skipped": self.without_frechet}
             if self.without_frechet
             else {name: row["frechet"] for name, row in compared.items()},
@@ -208,6 +211,8 @@ class Prober:
                 shown = float(loss) if step % 10 == 0 else shown  # waiting for the device each time would cost
                 progress.advance(loss=shown)
         last = torch.stack(losses[-max(1, settings.steps // 10) :]).mean()
+        if not last.isfinite():
+            raise DataError(f"The loss of the probe's denoiser became {float(last)} with seed {seed}.")
         return average, {
             "parameters": sum(p.numel() for p in denoiser.parameters()),
             "images_per_step": images,
@@ -287,6 +292,7 @@ def summarise_runs(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """``mean`` over seeds and ``spread``, their standard deviation (None of one), of every figure that varies."""
     paths: dict[str, Callable[[dict[str, Any]], float | None]] = {
         "sliced_wasserstein": lambda run: run["sliced_wasserstein"]["samples"]["mean"],
+        "to_reconstructions": lambda run: run["sliced_wasserstein"]["samples_to_reconstructions"]["mean"],
         "gfid": lambda run: run["frechet"].get("samples"),
         "bits_per_pixel": lambda run: run["rate"]["bits_per_pixel"],
         "loss": lambda run: run["loss"],

@@ -18,8 +18,12 @@ from latentae.bench.equivariance import equivariance_section
 from latentae.bench.fetching import fetch_weights as fetch
 from latentae.bench.images import ImageFacts, ImageSet
 from latentae.bench.interpolation import interpolation_section
+from latentae.bench.latent_space import split_images
 from latentae.bench.measuring import Pass, measure, save_samples
 from latentae.bench.presets import find_preset
+from latentae.bench.probe import ProbeSettings
+from latentae.bench.probe_report import probe_section
+from latentae.bench.probing import probe_benchmarked
 from latentae.bench.processes import Processes
 from latentae.bench.protocol import describe_machine, describe_protocol, versions
 from latentae.bench.quality import Quality, expand_metric_names
@@ -66,6 +70,7 @@ def bench(
     equivariance: int = 0,
     interpolation: int = 0,
     rate_images: int | None = None,
+    probe: ProbeSettings | None = None,
     baselines: Sequence[dict[str, Any]] = (),
     extra_sections: Sequence[Section] = (),
 ) -> dict[str, Any]:
@@ -105,13 +110,15 @@ def bench(
             it is in ``latents``.
         rate_images: on how many images, the first ones, to measure the bits of latents and files, and how robust
             latents are, which decodes each nine times more; 32 on a GPU and 8 elsewhere by default.
+        probe: also train a small diffusion model on four fifths of the images for each model, see
+            `latentae.bench.probe`; None does not. Of several processes the first does it.
         baselines: rows ``{"name", "psnr"}`` for the table, see `latentae.bench.baselines`.
         extra_sections: sections for the report.
 
     Returns:
         The content of ``results.json``: ``models[i]`` has ``name``, ``metrics``, ``intervals`` (95 %, bootstrap over
-        images), ``skipped``, ``warnings``, ``latents``, ``rate``, ``noise_robustness``, ``speed`` and ``per_image``
-        rows; beside them ``protocol`` with its hash, ``versions``, ``machine`` and ``images``.
+        images), ``skipped``, ``warnings``, ``latents``, ``rate``, ``noise_robustness``, ``speed``, ``probe`` and
+        ``per_image`` rows; beside them ``protocol`` with its hash, ``versions``, ``machine`` and ``images``.
 
     Raises:
         RequestError: a model, option or metric that cannot be had; nothing was measured.
@@ -139,6 +146,8 @@ def bench(
     contestants = open_contestants(
         models, device=device, dtype=dtype, random_weights=random_weights, decode_steps=decode_steps
     )
+    if probe:
+        split_images(images)  # refuses too few
     samples = Samples(folder, images, len(contestants), report_images)
     with Processes() as processes:
         if processes.is_first:
@@ -160,6 +169,7 @@ def bench(
                 "interpolation": interpolation,
                 "rate_images": rate_images,
                 "report_images": report_images,
+                "probe": probe.describe() if probe else None,
             },
             "processes": processes.count,
             "versions": versions(),
@@ -207,6 +217,11 @@ def bench(
                     if speed and figures["images"] and isinstance(codec, LatentCodec):
                         timing = measure_speed(codec, size, speed_batch)
                         grid = speed_grid.measure(codec, size, speed_batch) if speed_grid else []
+                    probed: dict[str, Any] = {}
+                    if probe and figures["images"] and isinstance(codec, LatentCodec):
+                        images.facts = whole.facts
+                        probed = probe_benchmarked(index, name, codec, images, probe, folder)
+                        figures["skipped"] |= {"probe": probed["skipped"]} if "skipped" in probed else {}
                     priced = any(finished["reference_cost"] for finished in measured)
                     entry = {
                         "model": {
@@ -215,6 +230,7 @@ def bench(
                             **figures,
                             "speed": timing,
                             "speed_grid": grid,
+                            "probe": probed if "runs" in probed else None,
                         },
                         "images": whole.facts.to_json(),
                         "reference_cost": reference_cost(codec, size, speed_batch if timing else None)
@@ -251,6 +267,7 @@ def bench(
             sections += [section for section in [codebook_section(results["models"])] if section.rows]
             sections += [equivariance_section(results["models"])] if equivariance else []
             sections += [interpolation_section(results["models"])] if interpolation else []
+            sections += [probe_section(results["models"], folder)] if probe else []
             write_report(results, folder / "report.html", sections)
             checkpoints.clear()
     remedy = f"All others were measured: see {folder / 'results.json'}." if folder else "All others were measured."

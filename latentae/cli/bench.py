@@ -92,6 +92,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="measure bits of latents and files on the first N images, and how robust latents are, which decodes each "
         "nine times more; 0 for none (default: 32 on a GPU, 8 elsewhere)",
     )
+    parser.add_argument(
+        "--probe",
+        action="store_true",
+        help="also train a small diffusion model on each model's latents, as 'latentae probe' does: on four fifths of "
+        "the images, its samples compared with the others (experimental; minutes to hours)",
+    )
+    parser.add_argument("--probe-steps", type=int, metavar="N", help="of its training (default: 500)")
     parser.add_argument("--seed", type=int, default=0, help="of --sample and of decoders that draw noise (default: 0)")
     parser.add_argument(
         "--decode-steps",
@@ -137,13 +144,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from latentae.bench.merging import merge_results
+    from latentae.bench.probe import ProbeSettings
     from latentae.bench.processes import is_first_process
     from latentae.bench.run import bench
     from latentae.bench.speed import SpeedGrid
     from latentae.bench.suite import run_suite, summarise_suite
 
+    if args.probe_steps is not None and not args.probe:
+        raise RequestError("--probe-steps is of the probe: add --probe.")
     if args.merge:
         return _finish(args, merge_results([*args.merge], out=args.out, force=args.force))
+    probe = None
+    if args.probe:
+        probe = ProbeSettings() if args.probe_steps is None else ProbeSettings(steps=args.probe_steps)
     options = dict(
         limit=args.limit,
         metrics=None if args.metrics is None else words(args.metrics),
@@ -153,6 +166,7 @@ def run(args: argparse.Namespace) -> int:
         sample=args.sample or None,
         interpolation=args.interpolation,
         rate_images=args.rate_images,
+        probe=probe,
         seed=args.seed,
         batch_size=args.batch_size,
         device=args.device,
@@ -183,9 +197,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _finish(args: argparse.Namespace, results: dict[str, Any]) -> int:
+    from latentae.bench.probe_report import summarise_probes
     from latentae.bench.results import summarise
 
     print(json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) if args.json else summarise(results))
+    if not args.json and any(model.get("probe") for model in results["models"]):
+        print(f"\n{summarise_probes(results['models'])}")
     if args.out:
         from latentae.console import say
 

@@ -25,6 +25,7 @@ COMMANDS = {
     "decode": "turn a store of latents back into images",
     "reconstruct": "send images through an autoencoder and back",
     "bench": "measure autoencoders by one stated protocol and write a report",
+    "probe": "say how easy a latent space is to model, by a small diffusion model (experimental)",
     "export": "save a trained autoencoder as an ordinary diffusers folder",
     "info": "say what a model, a run or a store is",
     "presets": "list every named configuration",

@@ -61,8 +61,8 @@ class SlicedWasserstein:
         self.scales = self._deviations(reference)
         self.reference = self._projections(reference)
 
-    def __call__(self, images: Tensor) -> dict[str, float]:
-        """The distance of images, uint8 (M, 3, H, W), to the reference.
+    def __call__(self, images: Tensor, others: Tensor | None = None) -> dict[str, float]:
+        """The distance of images, uint8 (M, 3, H, W), to the reference, or to ``others`` in the reference's units.
 
         Returns:
             For each scale: ``2 px``, ``4 px``, … for details within blocks of so many pixels, ``coarse`` for the rest;
@@ -71,13 +71,8 @@ class SlicedWasserstein:
         Raises:
             RequestError: these are no images, or not of the size of the reference.
         """
-        _check(images)
-        if tuple(images.shape[-2:]) != self.size:
-            raise RequestError(
-                f"The images have {images.shape[-2]} x {images.shape[-1]} pixels, the reference has "
-                f"{self.size[0]} x {self.size[1]}: crop both to one size."
-            )
-        found = [wasserstein_1d(mine, theirs).mean() for mine, theirs in zip(self._projections(images), self.reference)]
+        reference = self.reference if others is None else self._projections(others)
+        found = [wasserstein_1d(mine, theirs).mean() for mine, theirs in zip(self._projections(images), reference)]
         *details, coarse = torch.stack(found).tolist()
         by_scale = {
             f"{2 ** (level + 1)} px": sum(details[3 * level : 3 * level + 3]) / 3 for level in range(len(details) // 3)
@@ -99,6 +94,12 @@ class SlicedWasserstein:
 
     def _projections(self, images: Tensor) -> list[Tensor]:
         """For each band, the projections of patches, (N * patches, projections) float64."""
+        _check(images)
+        if tuple(images.shape[-2:]) != self.size:
+            raise RequestError(
+                f"The images have {images.shape[-2]} x {images.shape[-1]} pixels, the reference has "
+                f"{self.size[0]} x {self.size[1]}: crop both to one size."
+            )
         projected: list[list[Tensor]] = [[] for _ in self.scales]
         generator = torch.Generator().manual_seed(self.seed)
         directions = self.directions.to(images.device)

@@ -54,7 +54,7 @@ of latent diffusion
   --data.path STORE           latents that 'latentae encode' wrote, or images, which --model.codec MODEL encodes on the
                               fly; --data.flip true mirrors half of the images
   --model.denoiser.preset NAME           dit-tiny, dit-s, dit-b, dit-l, dit-xl, pixart-xl, sana-600m …, or .class_name
-                                         CLASS of diffusers; --model.denoiser.patch_size N, and so every argument of the class
+                                         CLASS of diffusers; .patch_size N and the other arguments of the class
   --model.num_classes N       1 trains without classes (default: those of the data)   --model.label_dropping SHARE
   --model.normalisation model the autoencoder's own scale instead of mean 0 and standard deviation 1 in each channel
   --model.times.class_path LogitNormalTimes   --model.gradient_checkpointing true

@@ -22,3 +22,24 @@ def tool(monkeypatch):
         return module
 
     return load
+
+
+@pytest.fixture
+def claims(tool, monkeypatch):
+    """The modules of the claims, beside the script."""
+    tool("claims")
+    for name in [name for name in sys.modules if name == "claims" or name.startswith("claims.")]:
+        monkeypatch.delitem(sys.modules, name)
+    import claims.dcae
+    import claims.dcae_speed
+    import claims.diffusion_decoder
+    import claims.eqvae
+    import claims.frame
+    import claims.litevae
+    import claims.pictures
+    import claims.probe
+    import claims.probe_codecs
+    import claims.realism
+    import claims.samplers
+
+    return claims

@@ -20,25 +20,6 @@ from latentae.families.presets import find_preset
 from latentae.metrics.image import psnr
 
 
-@pytest.fixture
-def claims(tool, monkeypatch):
-    """The modules beside the script."""
-    tool("claims")
-    for name in [name for name in sys.modules if name == "claims" or name.startswith("claims.")]:
-        monkeypatch.delitem(sys.modules, name)
-    import claims.dcae
-    import claims.dcae_speed
-    import claims.diffusion_decoder
-    import claims.eqvae
-    import claims.frame
-    import claims.litevae
-    import claims.pictures
-    import claims.realism
-    import claims.samplers
-
-    return claims
-
-
 def test_paired_difference_is_students(claims):
     a, b = [20.1, 21.3, 19.8], [19.6, 20.2, 19.5]
     expected = ttest_rel(a, b).confidence_interval(0.95)

@@ -200,5 +200,5 @@ def _encode(codec: LatentCodec, batches: Iterable[Named], keep: int) -> tuple[li
             names += keys[: len(taken)]
             kept += len(taken)
     if not latents:
-        _refuse_too_few(0, 0)
+        raise RequestError("The probe got no images, to train on or held out: it needs both.")
     return names, torch.cat(images), torch.cat(latents)

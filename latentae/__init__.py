@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from latentae.families.base import Autoencoder
     from latentae.families.dcae import DCAE
     from latentae.families.dito import DiTo
+    from latentae.families.fourplane import FourPlane
     from latentae.families.litevae import LiteVAE
     from latentae.families.presets import create, presets
     from latentae.families.swycc import SWYCC
@@ -31,6 +32,7 @@ _HOME = {
     "ClassEmbedder": "latentae.denoisers.denoiser",
     "DCAE": "latentae.families.dcae",
     "DiTo": "latentae.families.dito",
+    "FourPlane": "latentae.families.fourplane",
     "LatentCodec": "latentae.codec",
     "LatentStore": "latentae.store.reader",
     "LiteVAE": "latentae.families.litevae",
@@ -50,6 +52,7 @@ __all__ = [
     "ClassConditionalFlowPipeline",
     "ClassEmbedder",
     "DiTo",
+    "FourPlane",
     "LatentCodec",
     "LatentStore",
     "LiteVAE",

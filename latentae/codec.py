@@ -305,9 +305,15 @@ class LatentCodec:
         if self.is_video and pixels.ndim == 4:
             pixels = pixels.unsqueeze(2)  # (B, 3, 1, H, W)
         pixels = pad_to_multiple(pixels, self.spatial_ratio)
-        if self.is_video and (missing := -(pixels.shape[2] - 1) % self.temporal_ratio):
+        if self.is_video and (missing := self.padded_frames(pixels.shape[2]) - pixels.shape[2]):
             pixels = F.pad(pixels, (0, 0, 0, 0, 0, missing), mode="replicate")  # (B, 3, 1 + k t, H, W)
         return pixels
+
+    def padded_frames(self, frames: int) -> int:
+        """The next number of frames that the autoencoder takes."""
+        if hasattr(self.autoencoder, "padded_frames"):  # which has windows
+            return self.autoencoder.padded_frames(frames)
+        return frames + -(frames - 1) % self.temporal_ratio
 
     def _shift_and_scale(self, z: Tensor) -> tuple[Tensor | float, Tensor | float]:
         values = self.normalisation

@@ -181,6 +181,18 @@ SANA_LITE = dict(
     decoder_conv_act_fn="silu",
 )
 
+FOURPLANE_PAPER = "ours, after the four-plane autoencoder (arXiv 2412.04452)"
+FOURPLANE_TINY = dict(
+    plane_channels=4,
+    temporal_compression=2,
+    block_out_channels=(8, 16, 16),
+    layers_per_block=1,
+    norm_num_groups=4,
+    window_frames=9,
+    window_overlap=2,
+)
+F4, F16 = (128, 256, 512), (128, 256, 256, 512, 512)  # widths of the Stable Diffusion VAE's kind
+
 _MIT = "mit-han-lab/{}-diffusers"
 _PRESETS = [
     Preset("dc-ae-f32c32-in-1.0", "DCAE", _dcae_in(32, F32, 0.3189), DCAE_PAPER, _MIT),
@@ -214,6 +226,15 @@ _PRESETS = [
     Preset("swycc-f8c4", "SWYCC", {}, "ours, after SWYCC (arXiv 2409.02529)"),
     Preset("swycc-f8c16", "SWYCC", dict(latent_channels=16), "ours, after SWYCC (arXiv 2409.02529)"),
     Preset("swycc-tiny", "SWYCC", SWYCC_TINY, "ours, for tests"),
+    Preset("fourplane-t4f8c8", "FourPlane", {}, FOURPLANE_PAPER),
+    Preset("fourplane-t2f8c8", "FourPlane", dict(temporal_compression=2), FOURPLANE_PAPER),
+    Preset("fourplane-t1f8c8", "FourPlane", dict(temporal_compression=1, window_frames=16), FOURPLANE_PAPER),
+    Preset("fourplane-t4f8c8-endpoints", "FourPlane", dict(time_weights="endpoints"), FOURPLANE_PAPER),
+    Preset("fourplane-t4f4c8", "FourPlane", dict(block_out_channels=F4), FOURPLANE_PAPER),
+    Preset("fourplane-t4f16c16", "FourPlane", dict(block_out_channels=F16, plane_channels=16), FOURPLANE_PAPER),
+    Preset("triplane-t4f8c8", "FourPlane", dict(spatial_planes=1), "ours, the baseline of four planes"),
+    Preset("volume-t4f8c4", "FourPlane", dict(spatial_planes=0, plane_channels=4), "ours, the control of four planes"),
+    Preset("fourplane-tiny", "FourPlane", FOURPLANE_TINY, "ours, for tests"),
 ]
 PRESETS = {preset.name: preset for preset in _PRESETS}
 

@@ -15,8 +15,9 @@ def draw_latents(posterior: Any, rank: int = 0, world_size: int = 1) -> Tensor:
     mean = posterior.mode()
     if not hasattr(posterior, "std"):
         return mean
-    noise = torch.randn(world_size * len(mean), *mean.shape[1:], device=mean.device, dtype=mean.dtype)
-    return mean + posterior.std * noise.chunk(world_size)[rank]
+    noise = torch.randn(world_size * len(mean), *posterior.std.shape[1:], device=mean.device, dtype=mean.dtype)
+    noise = noise.chunk(world_size)[rank]
+    return posterior.at(noise) if hasattr(posterior, "at") else mean + posterior.std * noise  # at: of planes
 
 
 def compile_networks(*networks: nn.Module) -> None:

@@ -64,7 +64,20 @@ def shrink_swycc(config):
     return dict(config, widths=widths, layers=1, decoder_widths=widths[:3], decoder_layers=1, num_inference_steps=2)
 
 
-SHRINK = {"DCAE": shrink_dcae, "LiteVAE": shrink_litevae, "DiTo": shrink_dito, "SWYCC": shrink_swycc}
+def shrink_fourplane(config):
+    widths = config.get("block_out_channels", (128, 256, 512, 512))
+    channels = max(config.get("plane_channels", 8) // 4, 2)
+    small = tuple(max(w // 32, 4) for w in widths)
+    return dict(config, plane_channels=channels, block_out_channels=small, layers_per_block=1, norm_num_groups=4)
+
+
+SHRINK = {
+    "DCAE": shrink_dcae,
+    "LiteVAE": shrink_litevae,
+    "DiTo": shrink_dito,
+    "SWYCC": shrink_swycc,
+    "FourPlane": shrink_fourplane,
+}
 
 
 VQ = {"quantizer": {"kind": "vq", "codes": 64}}
@@ -111,7 +124,8 @@ def autoencoder(request, randomise):
 @pytest.fixture
 def pixels(autoencoder):
     side = 2 * autoencoder.spatial_compression_ratio
-    return torch.rand(2, 3, side, side + autoencoder.spatial_compression_ratio) * 2 - 1
+    frames = (5,) if latentae.LatentCodec(autoencoder).is_video else ()
+    return torch.rand(2, 3, *frames, side, side + autoencoder.spatial_compression_ratio) * 2 - 1
 
 
 def test_shapes_and_spellings(autoencoder, pixels):

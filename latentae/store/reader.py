@@ -9,6 +9,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -40,20 +41,25 @@ class Statistics:
 
 
 class _OpenShard:
-    """A shard with its file mapped into memory and its encoded rows at hand."""
+    """A shard with its file mapped into memory."""
 
     def __init__(self, store: Path, shard: Shard, tensor: str):
+        self.store, self.shard = store, shard
         path = shard_files(store, shard)[0]
-        rows = read_rows(store, shard, ["key", "label", "height", "width", "row"])
-        every = (dict(zip(rows, values)) for values in zip(*rows.values()))
-        self.rows = [
-            {**row, "label": -1 if row["label"] is None else row["label"]} for row in every if row["row"] is not None
-        ]
         try:
             self.latents = safetensors.safe_open(path, framework="pt").get_slice(tensor)
         except (safetensors.SafetensorError, FileNotFoundError) as error:
             marker = path.with_suffix(".json")
             raise DataError(f"{path} cannot be read ({error}): delete {marker} and encode again.") from error
+
+    @cached_property
+    def rows(self) -> list[dict[str, Any]]:
+        """What is known of each encoded input, in the order of the tensors; as slow to read as 50 of these."""
+        rows = read_rows(self.store, self.shard, ["key", "label", "height", "width", "row"])
+        every = (dict(zip(rows, values)) for values in zip(*rows.values()))
+        return [
+            {**row, "label": -1 if row["label"] is None else row["label"]} for row in every if row["row"] is not None
+        ]
 
 
 class LatentStore:
@@ -82,6 +88,11 @@ class LatentStore:
         self._filled = [(shard, marker) for shard, marker in self._committed if marker["encoded"]]
         self._ends = list(accumulate(marker["encoded"] for _, marker in self._filled))
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+
+    @property
+    def kind(self) -> str:
+        """What is stored: ``mode``, ``moments`` or ``sample``."""
+        return self.config["kind"]
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -128,17 +139,26 @@ class LatentStore:
         return (channels // 2 if self._tensor == "moments" else channels, *sides)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"index {index} of a store of {len(self)}")
-        index %= len(self)
-        number = bisect.bisect_right(self._ends, index)
-        shard = self._shard(number)
-        row = shard.rows[index - (self._ends[number - 1] if number else 0)]
+        shard, place = self._find(index)
+        row = shard.rows[place]
         stored = shard.latents[row["row"]]
         item = {name: row[name] for name in ("key", "label", "height", "width")}
         if self._tensor == "moments":
             return {**item, "latents": stored.chunk(2)[0], "moments": stored}
         return {**item, "latents": stored}
+
+    def stored(self, index: int) -> Tensor:
+        """The latents of an entry, or its moments from a store of them, alone: quick in any order over many shards."""
+        shard, place = self._find(index)
+        return shard.latents[place]  # rows of a shard's encoded inputs are counted from 0
+
+    def _find(self, index: int) -> tuple[_OpenShard, int]:
+        """The shard of an entry and the entry's place in it."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index {index} of a store of {len(self)}")
+        index %= len(self)
+        number = bisect.bisect_right(self._ends, index)
+        return self._shard(number), index - (self._ends[number - 1] if number else 0)
 
     def shards(self) -> Iterator[tuple[list[dict[str, Any]], Tensor]]:
         """Shard by shard, the rows of its encoded inputs and their latents, (N, C, h, w)."""

@@ -126,8 +126,9 @@ class LatentDiffusionModule(TrainingModule):
             raise RequestError(
                 f"data.path and data.val_path have latents of different shapes, {listed}: give val_path the same."
             )
-        labelled = [entry for part in data.sets for entry in part.labelled()]
-        classes = count_classes(labelled, self.num_classes, data.path)
+        labelled = [entry for part in data.sets for entry in part.labelled]
+        places = " and ".join(path for path in (data.path, data.val_path) if path)
+        classes = count_classes(labelled, self.num_classes, places)
         self.class_names = class_names(labelled) if classes > 1 else None
         self.denoiser = create_denoiser(self.description, shapes[0], classes, seed=self.seed)
         if self.gradient_checkpointing:
@@ -299,8 +300,8 @@ class LatentDiffusionModule(TrainingModule):
         if (classes := self.denoiser.num_classes) > 1:
             labels = torch.arange(count, device=self.device) * classes // count
         latents = sample(self.denoiser, noise, labels, steps=steps, guidance_scale=guidance_scale)
-        codec = self._codec_here()
-        return to_uint8(codec.decode(codec.normalise(self.as_diffusion().denormalise(latents)))).cpu()
+        codec, raw = self._codec_here(), self.as_diffusion().denormalise(latents)
+        return torch.cat([to_uint8(codec.decode_raw(z)).cpu() for z in raw.split(1)])  # beside a full device
 
     # Checkpoints
 

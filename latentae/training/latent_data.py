@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from latentae.data.images import ImageDataset, epoch_order
@@ -41,6 +40,7 @@ class CentreCrops(ImageDataset):
             sample["pixels"] = sample["pixels"].flip(-1)
         return sample
 
+    @property
     def labelled(self) -> Labelled:
         return [(item.key, -1 if item.label is None else item.label) for item in self.items]
 
@@ -49,12 +49,12 @@ class StoredLatents(Dataset[dict[str, Any]]):
     """Some of a store's entries; in training in the random order of each epoch.
 
     Args:
-        indices: of the entries in the store.
+        indices: of the entries in the store, with the key and the label of each.
         seed: of the order; None for that of ``indices``.
     """
 
-    def __init__(self, store: LatentStore, indices: list[int], *, seed: int | None):
-        self.store, self.indices, self.seed = store, indices, seed
+    def __init__(self, store: LatentStore, indices: list[int], labelled: Labelled, *, seed: int | None):
+        self.store, self.indices, self.labelled, self.seed = store, indices, labelled, seed
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -69,19 +69,15 @@ class StoredLatents(Dataset[dict[str, Any]]):
         epoch, place = divmod(position, len(self))
         if self.seed is not None:
             place = int(epoch_order(len(self), self.seed, epoch)[place])
-        entry = self.store[self.indices[place]]
-        name = "moments" if "moments" in entry else "latents"
-        values: Tensor = entry[name].float()
+        key, label = self.labelled[place]
+        values = self.store.stored(self.indices[place]).float()
+        name = "moments" if self.store.kind == "moments" else "latents"
         if not values.isfinite().all():
             raise DataError(
-                f"The {name} of {entry['key']} in {self.store.path} are not all finite: encode the store again, which "
-                "leaves such an image out."
+                f"The {name} of {key} in {self.store.path} are not all finite: encode the store again, which leaves "
+                "such an image out."
             )
-        return {name: values, "label": entry["label"], "key": entry["key"], "index": place}
-
-    def labelled(self) -> Labelled:
-        keys, labels = self.store.keys, self.store.labels
-        return [(keys[i], labels[i]) for i in self.indices]
+        return {name: values, "label": label, "key": key, "index": place}
 
 
 class LatentData(ImageData):
@@ -142,14 +138,18 @@ class LatentData(ImageData):
         if self.val_path is not None:
             _, self.val_set = self._open(self.val_path, 1.0)
 
-    def _open(self, path: str, fraction: float) -> tuple[Any, Any]:
+    def _open(self, path: str, fraction: float) -> tuple[Any, ...]:
         """Two parts of what is at ``path``; at a fraction of 1 the second is all of it."""
         if (Path(path) / "store.json").is_file():
             store = LatentStore(path)
             if not len(store):
                 raise RequestError(f"{path} is a store without latents: run 'latentae encode' to its end first.")
-            trained, held_out = split(store.keys, fraction) if fraction < 1 else ([], list(range(len(store))))
-            return StoredLatents(store, trained, seed=self.seed), StoredLatents(store, held_out, seed=None)
+            keys, labels = store.keys, store.labels
+            trained, held_out = split(keys, fraction) if fraction < 1 else ([], list(range(len(store))))
+            return tuple(
+                StoredLatents(store, part, [(keys[i], labels[i]) for i in part], seed=seed)
+                for part, seed in ((trained, self.seed), (held_out, None))
+            )
         if path == SAMPLES:
             sources: tuple[Source, Source] = (SamplePhotos("train"), SamplePhotos("held_out"))
         else:

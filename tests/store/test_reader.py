@@ -26,7 +26,7 @@ def test_every_encoded_input_once_in_order(store, seven, dcae, reference_latents
     assert len(latents) == 7
     assert latents.complete
     assert latents.keys == [latents[i]["key"] for i in range(7)] == sorted(seven[1])
-    assert [latents[i]["label"] for i in range(7)] == [0, 0, 0, 1, 1, 1, 1]
+    assert [latents[i]["label"] for i in range(7)] == latents.labels == [0, 0, 0, 1, 1, 1, 1]
     assert (latents[2]["height"], latents[2]["width"]) == (32, 32)
     expected = reference_latents(dcae, seven[1].values())
     np.testing.assert_allclose(torch.stack([latents[i]["latents"] for i in range(7)]), expected, rtol=0, atol=1e-5)
@@ -42,6 +42,7 @@ def test_whole_shards_hold_the_same_as_single_reads(store):
     rows, tensors = zip(*latents.shards())
     assert [row["key"] for shard in rows for row in shard] == latents.keys
     assert torch.equal(torch.cat(tensors), torch.stack([latents[i]["latents"] for i in range(7)]))
+    assert torch.equal(torch.cat(tensors), torch.stack([latents.stored(i) for i in range(7)]))
 
 
 def test_it_feeds_a_data_loader_with_workers(store):
@@ -117,6 +118,18 @@ def test_statistics_of_native_sizes_weigh_every_position_alike(tmp_path, write_i
     values = torch.cat([item["latents"].flatten(1) for item in store], dim=1).double().numpy()
     np.testing.assert_allclose(store.statistics().mean, values.mean(1), rtol=1e-10)
     np.testing.assert_allclose(store.statistics().std, values.std(1), rtol=1e-8)
+
+
+def test_the_shape_is_that_of_every_entry(seven, store, tmp_path, write_images, kl, dcae):
+    assert LatentStore(store).latent_shape == LatentStore(store)[0]["latents"].shape
+    encode_dataset(seven[0], tmp_path / "moments", kl, size=32, kind="moments", max_bad=1)
+    moments = LatentStore(tmp_path / "moments")
+    assert moments.latent_shape == moments[0]["latents"].shape
+    assert torch.equal(moments.stored(3), moments[3]["moments"])
+    write_images(tmp_path / "two", {"a.png": (32, 32), "b.png": (64, 32)})
+    encode_dataset(tmp_path / "two", tmp_path / "native", dcae, size=None)
+    with pytest.raises(RequestError, match=r"holds latents of 2 shapes \(8 x 4 x 4, 8 x 8 x 4\): encode with --size"):
+        LatentStore(tmp_path / "native").latent_shape  # noqa: B018
 
 
 def test_normalising_is_the_codecs_or_the_datas(seven, tmp_path, kl):

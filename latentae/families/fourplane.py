@@ -461,8 +461,8 @@ class FourPlane(Autoencoder):
             near = f", the next is {self.padded_frames(x.shape[2])}" if x.ndim == 5 and x.shape[2] else ""
             raise RequestError(
                 f"encode got pixels of shape {tuple(x.shape)}; expected (B, {channels}, T, H, W) with H and W "
-                f"multiples of {ratio} and T frames that fit the temporal ratio {self.temporal_compression_ratio} and the "
-                f"windows{near}: pad them, or use latentae.LatentCodec, which pads and crops back."
+                f"multiples of {ratio} and T frames that fit the temporal ratio {self.temporal_compression_ratio} and "
+                f"the windows{near}: pad them, or use latentae.LatentCodec, which pads and crops back."
             )
         window = self._internal_dict["window_frames"]
         clips = [x] if x.shape[2] <= window else [x[:, :, start : start + window] for start in self._starts(x.shape[2])]

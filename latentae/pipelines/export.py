@@ -143,12 +143,12 @@ def _with_stock_classes(denoiser: Denoiser) -> Any:
     """The transformer with tables of 1000 classes and one row for "none", which also fills up what is not used."""
     if denoiser.num_classes == STOCK_CLASSES:
         return denoiser.transformer
+    none, known = int(denoiser.null_labels(1)), denoiser.num_classes
     config = {**denoiser.transformer.config, "num_embeds_ada_norm": STOCK_CLASSES}
     weights = copy.copy(denoiser.transformer.state_dict())
     for name, table in weights.items():
         if name.endswith("class_embedder.embedding_table.weight"):
-            none = table[-1:].expand(STOCK_CLASSES + 1 - denoiser.num_classes, -1)
-            weights[name] = torch.cat([table[:-1], none])
+            weights[name] = torch.cat([table[:known], table[none].expand(STOCK_CLASSES + 1 - known, -1)])
     with torch.random.fork_rng():  # that draws weights to be replaced
         transformer = DiTTransformer2DModel.from_config(config)
     transformer.load_state_dict(weights, assign=True)

@@ -89,6 +89,11 @@ class ClassConditionalFlowPipeline(DiffusionPipeline):  # type: ignore[misc]
         return self.transformer.config.num_embeds_ada_norm
 
     @property
+    def _none(self) -> int:
+        """The label of no class: after the last; of unconditional data, the only one that was trained."""
+        return self.num_classes if self.num_classes > 1 else 0
+
+    @property
     def labels(self) -> dict[str, int]:
         """Classes by their names, those that are the name of one class alone."""
         return {name: ids[0] for name, ids in sorted(self._ids_by_name.items()) if len(ids) == 1}
@@ -153,7 +158,7 @@ class ClassConditionalFlowPipeline(DiffusionPipeline):  # type: ignore[misc]
             latents = randn_tensor((len(labels), *self.latent_shape), generator, device=device, dtype=torch.float32)
         latents = latents.to(device, torch.float32)  # the steps add up in fp32 whatever the transformer's precision
         guided = guidance_scale != 1
-        condition = self._condition(labels + [self.num_classes] * len(labels) if guided else labels)
+        condition = self._condition(labels + [self._none] * len(labels) if guided else labels)
 
         self._set_timesteps(num_inference_steps)
         self._interrupt = False
@@ -219,11 +224,11 @@ class ClassConditionalFlowPipeline(DiffusionPipeline):  # type: ignore[misc]
         return pixels[:, :, 0] if codec.is_video else pixels
 
     def _labels(self, class_labels: Any, num_images: int) -> list[int]:
-        """The class of each image; the number after the last stands for none."""
+        """The class of each image, or what stands for none."""
         if isinstance(num_images, bool) or not isinstance(num_images, int) or num_images < 1:
             raise RequestError(f"num_images is a whole number of at least 1, not {num_images!r}.")
         if class_labels is None:
-            return [self.num_classes] * num_images
+            return [self._none] * num_images
         if hasattr(class_labels, "tolist"):  # of torch or numpy
             class_labels = class_labels.tolist()
         if isinstance(class_labels, str) or not isinstance(class_labels, Sequence):

@@ -91,7 +91,7 @@ def test_the_solver_of_first_order_is_euler_to_a_thousandth_of_time(stock_dit, a
     noise = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     expected = sample(model.denoiser, noise, torch.tensor([2, 1]), steps=25, guidance_scale=3.0)
     normalised = drawn["z"] * 0.41407
-    assert (normalised - expected).std() < 0.01 * (expected - noise).std()
+    assert (normalised - expected).std() < 0.003 * (expected - noise).std()
 
 
 def test_the_scheduler_of_the_folder_solves_a_known_flow(stock_dit, autoencoder):
@@ -130,6 +130,11 @@ def test_tables_are_filled_up_with_no_class(stock_dit, autoencoder):
         stock = pipe.transformer(noisy, timestep=1000 * t, class_labels=torch.tensor([2, 0, 1000, 500])).sample
         torch.testing.assert_close(stock, model.denoiser(noisy, t, torch.tensor([2, 0, 3, 3])))
     assert pipe.vae.config.scaling_factor == pytest.approx(0.41407)
+    unconditional = stock_dit(num_classes=1)
+    pipe = dit_pipeline(unconditional, autoencoder("AutoencoderKL"))
+    with torch.no_grad():
+        stock = pipe.transformer(noisy, timestep=1000 * t, class_labels=torch.tensor([0, 0, 1, 1000])).sample
+        torch.testing.assert_close(stock, unconditional.denoiser(noisy, t))
     full = stock_dit(num_classes=1000)
     assert dit_pipeline(full, autoencoder("AutoencoderKL")).transformer is full.denoiser.transformer
 

@@ -278,10 +278,13 @@ def test_components_that_do_not_fit(diffusion, autoencoder):
         ClassConditionalFlowPipeline(model.denoiser.transformer, vae, scheduler, latents_mean=[0.0] * 4)
 
 
-def test_unconditional_models_are_asked_for_nothing(diffusion, autoencoder):
-    model = diffusion(num_classes=1)
+@pytest.mark.parametrize("kind", KINDS)
+def test_unconditional_models_are_asked_for_nothing(kind, diffusion, autoencoder):
+    model = diffusion(kind, num_classes=1)
     pipe = flow_pipeline(model, autoencoder("AutoencoderKL"))
     noise = torch.randn(2, 4, 4, 4)
     latents = pipe(num_images=2, latents=noise, num_inference_steps=3, output_type="latent").images
-    torch.testing.assert_close(latents, by_hand(model, noise, [1, 1], 3, 1.0), atol=1e-5, rtol=1e-4)
-    assert pipe(0, num_inference_steps=1).images
+    torch.testing.assert_close(latents, by_hand(model, noise, [0, 0], 3, 1.0), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(latents, sample(model.denoiser, noise, steps=3), atol=1e-5, rtol=1e-4)
+    arguments = {"latents": noise, "num_inference_steps": 3, "output_type": "latent"}
+    torch.testing.assert_close(pipe([0, 0], **arguments).images, latents)

@@ -1,23 +1,24 @@
-"""Turn a store of latents back into images.
+"""Turn a store of latents back into images or videos.
 
   latentae decode latents/ images/
 
-The image that was encoded as a/b.jpg becomes images/a/b.png, lossless. The store knows its model by name; --model says
-where it is now. A model with other weights than those that encoded is refused. A decoder that samples (DiTo, SWYCC)
-draws the noise of each image from --seed and its name: the same command gives the same images.
+The image that was encoded as a/b.jpg becomes images/a/b.png, lossless, and the clip a/b.webm becomes images/a/b.mp4
+with its frames and their rate (H.264; --format mkv is lossless). The store knows its model by name; --model says where
+it is now. A model with other weights than those that encoded is refused. A decoder that samples (DiTo, SWYCC) draws the
+noise of each image from --seed and its name: the same command gives the same images.
 """
 
 import argparse
 
-from latentae.cli.encode import add_decoding_arguments, add_model_arguments, autocast_dtype
+from latentae.cli.encode import add_decoding_arguments, add_format, add_model_arguments, autocast_dtype
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", metavar="STORE", help="folder that 'latentae encode' wrote")
-    parser.add_argument("dst", metavar="DST", help="folder for the images")
+    parser.add_argument("dst", metavar="DST", help="folder for the images or clips")
     add_model_arguments(parser, required=False)
     add_decoding_arguments(parser)
-    parser.add_argument("--format", default="png", help="png (default) or webp, both lossless")
+    add_format(parser)
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="images per batch (default 16)")
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="threads that write (default 2)")
     parser.add_argument(
@@ -50,5 +51,5 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if summary.missing:
         say(f"{summary.missing} inputs of the plan have no latents: bad, or not encoded yet")
-    print(f"{args.dst}: {summary.images} images ({summary.images_per_second:.1f} images/s)")
+    print(f"{args.dst}: {summary.images} {summary.unit} ({summary.images_per_second:.1f} {summary.unit}/s)")
     return 0

@@ -1,11 +1,19 @@
-"""Turn images into a store of latents.
+"""Turn images or videos into a store of latents.
 
   latentae encode photos/ latents/ --model runs/my-run --size 256
   latentae encode 'train-{000..099}.tar' latents/ --model runs/my-run
+  latentae encode clips/ latents/ --model my-video-vae --frames 17 --fps 8
 
 SRC is a folder (with all folders below it), a tar as WebDataset and img2dataset write them, a parquet file of images as
 on the Hugging Face hub, a folder or a {000..099} pattern of either, a csv, tsv or jsonl with a column path (relative to
 it), or one image. Labels (folders, .cls or .json members, the column label) are stored beside the latents.
+
+Videos (mp4, m4v, mov, webm, mkv, avi, npy of uint8 frames) go into autoencoders of videos, whole, one row each; with
+--frames N the first N frames of each, and a shorter one is a bad input. Where --frames (a number, or 'all'), --fps or
+--stride is given, animated GIF, WebP and PNG are clips too, and so is a folder of images: its frames, in the natural
+order of their names, 24 a second as those of npy. Frame k at --fps F is the one on show at k / F seconds, where a frame
+counts as on show from half a frame interval before its time: the nearest at constant rates. Clips of unlike lengths or,
+with --size native, sizes go into shards of their own. A broken clip is a bad input, never a shorter or a black one.
 
 Kill it and run the same command again: it goes on where it was, and the result is the same to the byte. Every image
 ends as a row: encoded, or listed with its reason in latents/quarantine.parquet. A store is only continued with the
@@ -15,11 +23,11 @@ Latents are stored raw: latents/store.json records the model's scaling, and late
 
 import argparse
 
+SOURCES = "images: a folder, a tar or parquet file, a csv, tsv or jsonl, or one image; or videos: a folder, or one"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "src", metavar="SRC", help="images: a folder, a tar or parquet file, a csv, tsv or jsonl, or one image"
-    )
+    parser.add_argument("src", metavar="SRC", help=SOURCES)
     parser.add_argument("dst", metavar="DST", help="the store: a new folder, or the one to go on with")
     add_model_arguments(parser, required=True)
     parser.add_argument(
@@ -27,6 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="256",
         help="side of the centre crop, a multiple of the model's ratio; 'native' keeps whole images (default 256)",
     )
+    add_frames(parser)
+    parser.add_argument("--fps", metavar="F", help="frames per second of the clips, such as 8 or 30000/1001")
+    parser.add_argument("--stride", type=int, default=1, metavar="N", help="take every Nth frame of a clip")
     parser.add_argument("--kind", default="mode", help="mode (default), moments, or sample, drawn once per image")
     parser.add_argument("--dtype", default="float32", help="of the stored latents: float32, float16 or bfloat16")
     parser.add_argument("--seed", type=int, default=0, help="of --kind sample")
@@ -53,6 +64,23 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
         "--decode-steps", type=int, metavar="N", help="of a decoder that samples (default: the model's)"
     )
     parser.add_argument("--seed", type=int, default=0, help="with an image's name, of a sampling decoder's noise")
+
+
+def add_format(parser: argparse.ArgumentParser) -> None:
+    """What decode and reconstruct write."""
+    parser.add_argument(
+        "--format", help="png (default) or webp, both lossless; of clips mp4 (default, H.264) or mkv (FFV1, lossless)"
+    )
+
+
+def add_frames(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--frames", type=number_or_all, metavar="N", help="of each clip, from its first; or 'all' (default for videos)"
+    )
+
+
+def number_or_all(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
 
 
 def add_max_bad(parser: argparse.ArgumentParser) -> None:
@@ -102,6 +130,9 @@ def run(args: argparse.Namespace) -> int:
         autocast=autocast_dtype(args),
         random_weights=args.random_weights,
         retry_failed=args.retry_failed,
+        frames=args.frames,
+        fps=args.fps,
+        stride=args.stride,
     )
     if args.json:
         print(json.dumps(summary.to_dict()))
@@ -109,7 +140,8 @@ def run(args: argparse.Namespace) -> int:
     if summary.bad:
         reasons = ", ".join(f"{count} {reason}" for reason, count in summary.reasons.items())
         say(f"bad: {reasons}; see {args.dst}/quarantine.parquet")
-    now = f"{summary.encoded_now} now, {summary.images_per_second:.1f} images/s" if summary.encoded_now else "none new"
+    unit = summary.unit
+    now = f"{summary.encoded_now} now, {summary.images_per_second:.1f} {unit}/s" if summary.encoded_now else "none new"
     shards = "1 shard" if summary.shards == 1 else f"{summary.shards} shards"
-    print(f"{args.dst}: {summary.encoded} of {summary.inputs} images in {shards} ({now})")
+    print(f"{args.dst}: {summary.encoded} of {summary.inputs} {unit} in {shards} ({now})")
     return 0

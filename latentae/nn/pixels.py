@@ -1,4 +1,4 @@
-"""Pixels between their two forms, bytes and floats in [-1, 1], and padding to a size that an autoencoder takes."""
+"""Pixels between their two forms, bytes and floats in [-1, 1], and padding to sizes that an autoencoder takes."""
 
 import torch
 import torch.nn.functional as F
@@ -31,3 +31,15 @@ def pad_to_multiple(pixels: Tensor, multiple: int) -> Tensor:
     images = F.pad(images, (0, pad_w, 0, 0), mode="reflect" if pad_w < width else "replicate")
     images = F.pad(images, (0, 0, 0, pad_h), mode="reflect" if pad_h < height else "replicate")
     return images.reshape(*pixels.shape[:-2], height + pad_h, width + pad_w)
+
+
+def pad_frames(pixels: Tensor, multiple: int) -> Tensor:
+    """Repeat the last frame until there are one more than a multiple of ``multiple``: what causal encoders take.
+
+    Args:
+        pixels: (..., T, H, W).
+    """
+    missing = -(pixels.shape[-3] - 1) % multiple
+    if not missing:
+        return pixels
+    return torch.cat([pixels, pixels[..., -1:, :, :].repeat_interleave(missing, dim=-3)], dim=-3)

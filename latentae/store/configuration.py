@@ -10,6 +10,7 @@ from torch import nn
 
 from latentae.codec import LatentCodec
 from latentae.data.decode import DecodePolicy
+from latentae.data.video import FrameChoice
 from latentae.errors import RequestError
 from latentae.files import read_json, sha256_json
 from latentae.loading import load_model, weights_hash
@@ -44,7 +45,8 @@ def open_codec(
 
 @dataclass(frozen=True)
 class Options:
-    """What a store is asked to hold; see `latentae.encode_dataset`. ``size`` is None for images of their own sizes."""
+    """What a store is asked to hold; see `latentae.encode_dataset`. ``size`` is None for images of their own sizes, and
+    ``clips`` are the frames that are taken of each clip, None for a store of images."""
 
     size: int | None
     kind: str
@@ -52,6 +54,7 @@ class Options:
     seed: int
     shard_size: int
     limit: int | None
+    clips: FrameChoice | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -88,6 +91,7 @@ def describe_store(
             "size": options.size or NATIVE,
             "crop": "adm centre crop" if options.size else "none, padded to a multiple of the ratio",
             "decode": policy.describe(),
+            **(options.clips.describe() if options.clips else {}),
         },
         "pixel_range": [-1, 1],
         "kind": options.kind,

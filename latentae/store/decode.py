@@ -1,4 +1,4 @@
-"""A store of latents back to image files, under the paths that their keys give."""
+"""A store of latents back to image files, or clips, under the paths that their keys give."""
 
 import time
 from dataclasses import asdict, dataclass
@@ -12,6 +12,7 @@ from latentae.codec import LatentCodec, Latents
 from latentae.console import Progress
 from latentae.errors import DataError, RequestError
 from latentae.loading import weights_hash
+from latentae.store.clips import ClipWriter, check_frames
 from latentae.store.configuration import NATIVE, check_counts, open_codec
 from latentae.store.images import ImageWriter
 from latentae.store.memory import BatchRunner, batch_for
@@ -21,12 +22,16 @@ from latentae.store.worker import key_generator
 
 @dataclass(frozen=True)
 class DecodeSummary:
-    """What a run of `decode_store` wrote; ``missing`` inputs of the plan have no latents (bad, or not encoded yet)."""
+    """What a run of `decode_store` wrote; ``missing`` inputs of the plan have no latents (bad, or not encoded yet).
+
+    From a store of clips, ``images`` counts these, and ``unit`` says so.
+    """
 
     folder: str
     images: int
     missing: int
     seconds: float
+    unit: str = "images"
 
     @property
     def images_per_second(self) -> float:
@@ -41,7 +46,7 @@ def decode_store(
     dst: str | Path,
     model: LatentCodec | nn.Module | str | Path | None = None,
     *,
-    format: str = "png",
+    format: str | None = None,
     batch_size: int = 16,
     workers: int = 2,
     device: str | torch.device | None = None,
@@ -51,14 +56,15 @@ def decode_store(
     seed: int = 0,
     num_inference_steps: int | None = None,
 ) -> DecodeSummary:
-    """Decode every encoded input of ``store`` to a lossless image below ``dst``.
+    """Decode every encoded input of ``store`` to a lossless image, or to a clip, below ``dst``.
 
-    The key ``a/b.jpg`` becomes ``a/b.png``; images of a store of native sizes are cropped to their own size again.
-    Images that are there already are replaced.
+    The key ``a/b.jpg`` becomes ``a/b.png``, and the clip ``a/b.webm`` becomes ``a/b.mp4`` with as many frames and as
+    many a second as were encoded; images of a store of native sizes are cropped to their own size again. Files that
+    are there already are replaced.
 
     Args:
         model: what decodes; by default the model that encoded, by the name in ``store.json``.
-        format: ``png`` or ``webp``.
+        format: ``png`` (default) or ``webp``; of clips ``mp4`` (default) or ``mkv``, which is lossless.
         allow_other_model: accept a model whose weights are not those that encoded (a fine-tuned decoder, say).
         seed: with the key of an image, that of its noise, where the decoder samples: the same in any batch or store.
         num_inference_steps: of a decoder that samples; None for the model's own number.
@@ -74,30 +80,38 @@ def decode_store(
     if problems := store.verify():
         raise DataError(f"{len(problems)} files of the store are damaged; the first: {problems[0]}")
     inputs = (item.uri for item in store.plan.items())
-    writer = ImageWriter(Path(dst), store.keys, inputs, format=format, workers=workers)
+    clips = store.holds_clips
+    kind = ClipWriter if clips else ImageWriter
+    format = format or ("mp4" if clips else "png")
+    writer: Any = kind(Path(dst), store.keys, inputs, format=format, workers=workers)
     codec = _open_decoder(store, model, device, autocast, random_weights, allow_other_model)
     if num_inference_steps is not None:
         codec = codec.with_inference_steps(num_inference_steps)
 
     def decode_rows(batch: list[tuple[dict[str, Any], Tensor]]) -> Tensor:
         noise = [noise_generator(seed, row["key"]) for row, _ in batch]
-        return decode_raw(codec, torch.stack([latents for _, latents in batch]), noise)
+        frames = max(row["frames"] for row, _ in batch) if clips else None
+        return decode_raw(codec, torch.stack([latents for _, latents in batch]), noise, frames)
 
     native = store.config["preprocess"]["size"] == NATIVE
     runner = BatchRunner(batch_size)
     started = time.monotonic()
-    with writer, Progress("decode", len(store)) as progress:
+    unit = "clips" if clips else "images"
+    with writer, Progress("decode", len(store), unit) as progress:
         for rows, latents in store.shards():
-            height, width = latents.shape[-2:]
-            step = batch_for(batch_size, (height * codec.spatial_ratio, width * codec.spatial_ratio))
+            step = batch_for(batch_size, _pixel_shape(codec, latents))
             for start in range(0, len(rows), step):
                 batch = list(zip(rows[start : start + step], latents[start : start + step]))
                 for (row, _), image in zip(batch, runner.run(decode_rows, batch)):
-                    crop = image[:, : row["height"], : row["width"]] if native else image
-                    writer.write(row["key"], crop)
+                    crop = image[..., : row["height"], : row["width"]] if native else image
+                    if clips:
+                        check_frames(codec, crop, row["frames"])
+                        writer.write(row["key"], crop[:, : row["frames"]], row["fps"])
+                    else:
+                        writer.write(row["key"], crop)
                 progress.advance(len(batch))
     missing = store.plan.inputs - len(store)
-    return DecodeSummary(str(dst), len(store), missing, time.monotonic() - started)
+    return DecodeSummary(str(dst), len(store), missing, time.monotonic() - started, unit)
 
 
 def noise_generator(seed: int, key: str) -> torch.Generator:
@@ -105,10 +119,25 @@ def noise_generator(seed: int, key: str) -> torch.Generator:
     return key_generator(seed, key, "decode")
 
 
-def decode_raw(codec: LatentCodec, latents: Tensor, generators: list[torch.Generator] | None = None) -> Tensor:
-    """Stored latents (B, C, h, w), or (B, C, 1, h, w) of a video autoencoder, to float pixels (B, 3, H, W)."""
+def decode_raw(
+    codec: LatentCodec,
+    latents: Tensor,
+    generators: list[torch.Generator] | None = None,
+    frames: int | None = None,
+) -> Tensor:
+    """Stored latents (B, C, h, w), or (B, C, 1, h, w) of a video autoencoder, to float pixels (B, 3, H, W); with
+    ``frames``, the latents (B, C, t, h, w) of clips to so many: (B, 3, T, H, W)."""
     height, width = (side * codec.spatial_ratio for side in latents.shape[-2:])
-    return codec.decode(Latents(codec.normalise(latents.to(codec.device)), height, width), generator=generators)
+    normalised = codec.normalise(latents.to(codec.device))
+    return codec.decode(Latents(normalised, height, width, frames), generator=generators)
+
+
+def _pixel_shape(codec: LatentCodec, latents: Tensor) -> tuple[int, ...]:
+    """Height and width, of clips also frames before them, that latents (N, C, …) stand for."""
+    height, width = (side * codec.spatial_ratio for side in latents.shape[-2:])
+    if latents.ndim == 4:
+        return height, width
+    return 1 + (latents.shape[2] - 1) * codec.temporal_ratio, height, width
 
 
 def _open_decoder(

@@ -8,6 +8,7 @@ with a marker are left alone. A store is only ever continued with the plan and t
 
 import contextlib
 import json
+import math
 import os
 import platform
 import time
@@ -15,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,10 +26,13 @@ from torch import nn
 
 from latentae.codec import LatentCodec
 from latentae.console import Progress
+from latentae.data.clips import ClipSource, open_inputs
 from latentae.data.decode import DecodePolicy
-from latentae.data.sources import Item, Source, open_source, refuse_output_in_input
+from latentae.data.sources import Item, Source, refuse_output_in_input
+from latentae.data.video import FrameChoice
 from latentae.errors import RequestError, ResumableError
 from latentae.files import remove_stale_temporaries
+from latentae.store.clips import ClipLoader, chosen_frames
 from latentae.store.configuration import (
     NATIVE,
     Options,
@@ -38,7 +43,7 @@ from latentae.store.configuration import (
 )
 from latentae.store.plan import Plan, Shard, make_plan
 from latentae.store.resume import begin_store, check_folder, continue_store, refuse_changed_inputs
-from latentae.store.shard import ROW_COLUMNS, committed_marker, publish, read_rows, read_samples
+from latentae.store.shard import committed_marker, publish, read_rows, read_samples, row_columns
 from latentae.store.tables import write_table
 from latentae.store.worker import (
     PREFETCH_BYTES,
@@ -50,15 +55,13 @@ from latentae.store.worker import (
     refuse_too_many_bad,
 )
 
-QUARANTINE_COLUMNS = {"shard": "int32", **{name: kind for name, kind in ROW_COLUMNS.items() if name != "row"}}
-
 
 @dataclass(frozen=True)
 class EncodeSummary:
     """What a run of `encode_dataset` leaves behind.
 
     ``encoded``, ``bad`` and ``reasons`` (how many inputs are bad for which reason) are of the whole store;
-    ``encoded_now`` inputs were encoded by this run, in ``seconds``.
+    ``encoded_now`` inputs were encoded by this run, in ``seconds``; ``unit`` says whether they are images or clips.
     """
 
     store: str
@@ -69,6 +72,7 @@ class EncodeSummary:
     reasons: dict[str, int]
     encoded_now: int
     seconds: float
+    unit: str = "images"
 
     @property
     def images_per_second(self) -> float:
@@ -79,7 +83,7 @@ class EncodeSummary:
 
 
 def encode_dataset(
-    src: str | Path | Source,
+    src: str | Path | Source | ClipSource,
     dst: str | Path,
     model: LatentCodec | nn.Module | str | Path,
     *,
@@ -97,8 +101,11 @@ def encode_dataset(
     random_weights: bool = False,
     retry_failed: bool = False,
     policy: DecodePolicy | None = None,
+    frames: int | str | None = None,
+    fps: Fraction | float | str | None = None,
+    stride: int = 1,
 ) -> EncodeSummary:
-    """Encode every image of ``src`` into the store ``dst``; run again, finish what is missing.
+    """Encode every image, or every clip, of ``src`` into the store ``dst``; run again, finish what is missing.
 
     Every input ends as a row: encoded, or bad with a reason and listed in ``quarantine.parquet``. Latents are stored
     raw, as the encoder gives them. Two runs of one command on one machine give the same bytes.
@@ -116,6 +123,10 @@ def encode_dataset(
         workers: threads that read and decode.
         device, autocast, random_weights: how a model that is not yet a codec is opened.
         retry_failed: try again the inputs that were bad in earlier runs; what is encoded stays as it is.
+        frames: of each clip, from its first on: a number, which shorter clips do not have (they are bad inputs), or
+            ``"all"``, which gives a shard for each padded shape as ``"native"`` does. Where it is given, also images in
+            a folder are the frames of a clip and GIFs move; else only videos are clips (`open_inputs`), and whole.
+        fps, stride: which frames of a clip those are; see `latentae.data.video.frame_numbers`.
 
     Raises:
         RequestError: an argument cannot be met, or the store was begun with another plan or configuration.
@@ -124,10 +135,12 @@ def encode_dataset(
     """
     if size != NATIVE and not isinstance(size, int):
         raise RequestError(f"size={size!r}; expected a number of pixels or 'native'.")
-    options = Options(None if size == NATIVE else int(size), kind, dtype, seed, shard_size, limit)
+    choice = chosen_frames(frames, fps, stride)
     check_counts(batch_size=batch_size, workers=workers)
     check_max_bad(max_bad)
-    source = open_source(src) if isinstance(src, (str, Path)) else src
+    source = open_inputs(src, clips=choice is not None) if isinstance(src, (str, Path)) else src
+    clips = choice or FrameChoice() if isinstance(source, ClipSource) else None
+    options = Options(None if size == NATIVE else int(size), kind, dtype, seed, shard_size, limit, clips)
     store = Path(dst)
     check_folder(store)
     refuse_output_in_input(src, store)
@@ -138,7 +151,10 @@ def encode_dataset(
     codec, name = open_codec(model, device=device, autocast=autocast, random_weights=random_weights)
     _check_model(codec, options)
     policy = policy or DecodePolicy()
-    loader = Loader(source, options.size, codec.spatial_ratio, policy)
+    if clips is None:
+        loader = Loader(source, options.size, codec.spatial_ratio, policy)
+    else:
+        loader = ClipLoader(source, options.size, codec.spatial_ratio, policy, codec.temporal_ratio, clips)
 
     begun = (store / "store.json").exists()
     planned = Plan.load(store / "plan.parquet") if begun else _plan(items, loader, shard_size, workers)
@@ -170,6 +186,11 @@ def _check_model(codec: LatentCodec, options: Options) -> None:
         RequestError: it does not.
     """
     size, ratio = options.size, codec.spatial_ratio
+    if options.clips and not codec.is_video:
+        raise RequestError(
+            f"{type(codec.autoencoder).__name__} is an autoencoder of images, and the inputs are clips: give a model "
+            "of videos (its latents would be those of single frames)."
+        )
     if size and size % ratio:
         nearest = [multiple for multiple in (size - size % ratio, size + -size % ratio) if multiple]
         raise RequestError(
@@ -187,8 +208,8 @@ def _check_model(codec: LatentCodec, options: Options) -> None:
 
 
 def _plan(items: Sequence[Item], loader: Loader, shard_size: int, workers: int) -> Plan:
-    if loader.size is not None:
-        return make_plan(items, [(loader.size, loader.size)] * len(items), shard_size)
+    if loader.fixed_shape is not None:
+        return make_plan(items, [loader.fixed_shape] * len(items), shard_size)
     shapes = []
     with ThreadPoolExecutor(workers) as pool, Progress("read sizes", len(items)) as progress:
         for shape in pool.map(loader.shape, items):
@@ -229,7 +250,7 @@ def _encode(
         lambda task: loader.load_for(*task),
         ((part.shard, item) for part in work for item in part.items),
         workers=workers,
-        cost=lambda task: 3 * task[0].shape[0] * task[0].shape[1],
+        cost=lambda task: 3 * math.prod(task[0].shape),
         budget=PREFETCH_BYTES,
     )
     with (
@@ -290,7 +311,8 @@ def _finish(
     store: Path, plan: Plan, fingerprint: str, max_bad: float, encoded_now: int, seconds: float
 ) -> EncodeSummary:
     """Write the quarantine, and count what is in the store against what is allowed to be missing."""
-    quarantine: dict[str, list[Any]] = {name: [] for name in QUARANTINE_COLUMNS}
+    types = {"shard": "int32", **{name: kind for name, kind in row_columns(plan.shards[0]).items() if name != "row"}}
+    quarantine: dict[str, list[Any]] = {name: [] for name in types}
     encoded = 0
     for shard in plan.shards:
         marker = _marker(store, shard, fingerprint)
@@ -300,9 +322,9 @@ def _finish(
         rows = read_rows(store, shard)
         bad_ones = [i for i, status in enumerate(rows["status"]) if status == "bad"]
         quarantine["shard"] += [shard.index] * len(bad_ones)
-        for name in rows.keys() & QUARANTINE_COLUMNS.keys():
+        for name in rows.keys() & types.keys():
             quarantine[name] += [rows[name][i] for i in bad_ones]
-    write_table(store / "quarantine.parquet", QUARANTINE_COLUMNS, quarantine)
+    write_table(store / "quarantine.parquet", types, quarantine)
 
     bad = len(quarantine["key"])
     remedy = (
@@ -311,4 +333,5 @@ def _finish(
     )
     refuse_too_many_bad(quarantine["reason"], plan.inputs, max_bad, remedy)
     reasons = dict(Counter(quarantine["reason"]).most_common())
-    return EncodeSummary(str(store), plan.inputs, len(plan.shards), encoded, bad, reasons, encoded_now, seconds)
+    unit = "clips" if len(plan.shards[0].shape) == 3 else "images"
+    return EncodeSummary(str(store), plan.inputs, len(plan.shards), encoded, bad, reasons, encoded_now, seconds, unit)

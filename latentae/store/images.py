@@ -1,11 +1,12 @@
-"""Image files out: their names, kept inside one folder whatever the keys say, and their writing in threads."""
+"""Files out: their names, kept inside one folder whatever the keys say, and their writing in threads."""
 
 import os
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from types import TracebackType
+from typing import Any, TypeVar
 from urllib.parse import unquote_to_bytes
 
 import numpy as np
@@ -15,6 +16,8 @@ from torch import Tensor
 from latentae.errors import DataError, RequestError
 from latentae.files import atomic_write, remove_stale_temporaries
 from latentae.nn.pixels import to_uint8
+
+Writer = TypeVar("Writer", bound="FileWriter")
 
 SAVE_OPTIONS = {"png": {"compress_level": 4}, "webp": {"lossless": True, "quality": 20, "method": 2}}
 """Both formats keep every pixel as it is; the options trade file size for time."""
@@ -49,8 +52,8 @@ def is_safe(key: str) -> bool:
     return not (path.is_absolute() or ".." in path.parts or "\0" in key or path.name == "")
 
 
-class ImageWriter:
-    """Writes an image for each of ``keys`` below ``folder``, in threads, each file whole or not at all.
+class FileWriter:
+    """Writes a file for each of ``keys`` below ``folder``, in threads, each whole or not at all.
 
     Use as a context manager. See `output_names` for the files' names.
 
@@ -63,9 +66,12 @@ class ImageWriter:
         DataError: a key is refused by `output_names`.
     """
 
+    formats: tuple[str, ...] = ()
+    most_pending = 4  # for each worker
+
     def __init__(self, folder: Path, keys: Sequence[str], inputs: Iterable[str], *, format: str, workers: int):
-        if format not in SAVE_OPTIONS:
-            raise RequestError(f"format={format!r}; expected one of {', '.join(SAVE_OPTIONS)}.")
+        if format not in self.formats:
+            raise RequestError(f"format={format!r}; expected one of {', '.join(self.formats)}.")
         self.folder, self.format, self.workers = folder.resolve(), format, workers
         self.paths = {key: self.folder / name for key, name in output_names(keys, format).items()}
         self._refuse_to_overwrite(inputs)
@@ -78,7 +84,7 @@ class ImageWriter:
             if os.path.realpath(file) in existing:
                 raise RequestError(f"{file} is an input and would be overwritten: choose another folder.")
 
-    def __enter__(self) -> "ImageWriter":
+    def __enter__(self: Writer) -> Writer:
         self.folder.mkdir(parents=True, exist_ok=True)
         for folder in {path.parent for path in self.paths.values()}:
             if not folder.resolve().is_relative_to(self.folder):
@@ -88,16 +94,11 @@ class ImageWriter:
         self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="latentae-write")
         return self
 
-    def write(self, key: str, pixels: Tensor) -> None:
-        """Write float pixels (3, H, W) in [-1, 1]; waits while too many images are on their way."""
-        if len(self._pending) >= 4 * self.workers:
+    def _submit(self, save: Callable[..., None], *arguments: Any) -> None:
+        """Call ``save`` in a thread; waits while too many files are on their way."""
+        if len(self._pending) >= self.most_pending * self.workers:
             self._pending.popleft().result()
-        image = to_uint8(pixels).permute(1, 2, 0).contiguous().cpu().numpy()  # (H, W, 3)
-        self._pending.append(self._pool.submit(self._save, self.paths[key], image))
-
-    def _save(self, path: Path, image: np.ndarray) -> None:
-        with atomic_write(path) as stream:
-            Image.fromarray(image).save(stream, format=self.format, **SAVE_OPTIONS[self.format])
+        self._pending.append(self._pool.submit(save, *arguments))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -106,3 +107,18 @@ class ImageWriter:
         if kind is None:
             for future in self._pending:
                 future.result()
+
+
+class ImageWriter(FileWriter):
+    """Writes an image for each of ``keys``; see `FileWriter`."""
+
+    formats = tuple(SAVE_OPTIONS)
+
+    def write(self, key: str, pixels: Tensor) -> None:
+        """Write float pixels (3, H, W) in [-1, 1]; waits while too many images are on their way."""
+        image = to_uint8(pixels).permute(1, 2, 0).contiguous().cpu().numpy()  # (H, W, 3)
+        self._submit(self._save, self.paths[key], image)
+
+    def _save(self, path: Path, image: np.ndarray) -> None:
+        with atomic_write(path) as stream:
+            Image.fromarray(image).save(stream, format=self.format, **SAVE_OPTIONS[self.format])

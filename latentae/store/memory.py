@@ -1,5 +1,6 @@
 """Batches that adapt to the memory there is: one that does not fit is halved, and so are all later ones."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,12 +12,13 @@ from latentae.errors import ResumableError
 REFERENCE_PIXELS = 512 * 512
 
 
-def batch_for(batch_size: int, shape: tuple[int, int]) -> int:
-    """How many images of ``shape`` (height, width) go into one batch where images keep their own sizes.
+def batch_for(batch_size: int, shape: tuple[int, ...]) -> int:
+    """How many images of ``shape`` (height, width) go into one batch where images keep their own sizes, or clips of
+    (frames, height, width).
 
-    ``batch_size`` is meant for 512 x 512; larger images count for as many as they have pixels.
+    ``batch_size`` is meant for 512 x 512; larger images and clips count for as many as they have pixels.
     """
-    return max(1, batch_size * REFERENCE_PIXELS // max(shape[0] * shape[1], REFERENCE_PIXELS))
+    return max(1, batch_size * REFERENCE_PIXELS // max(math.prod(shape), REFERENCE_PIXELS))
 
 
 class BatchRunner:

@@ -1,8 +1,8 @@
 """The plan of a store: which input goes into which shard, decided before the first image is decoded.
 
-Inputs in the order of their keys are cut into shards of a fixed number. Where images keep their own sizes they are
-first grouped by padded shape, so that the latents of a shard are one tensor. A plan depends on the inputs' keys, labels
-and shapes and on the shard size, never on where the inputs lie, who encodes them, or when.
+Inputs in the order of their keys are cut into shards of a fixed number. Where images keep their own sizes, or clips
+their lengths, they are first grouped by padded shape, so that the latents of a shard are one tensor. A plan depends on
+the inputs' keys, labels and shapes and on the shard size, never on where the inputs lie, who encodes them, or when.
 """
 
 import hashlib
@@ -26,18 +26,25 @@ PLAN_COLUMNS = {
     "height": "int32",
     "width": "int32",
 }
+CLIP_PLAN_COLUMNS = {name: kind for name, kind in PLAN_COLUMNS.items() if name not in ("height", "width")} | {
+    "frames": "int32",
+    "height": "int32",
+    "width": "int32",
+}
 
 UNKNOWN_SHAPE = (0, 0)
-"""The shape under which inputs are planned whose header cannot be read; they end in the quarantine."""
+UNKNOWN_CLIP_SHAPE = (0, 0, 0)
+"""The shapes under which inputs are planned whose header cannot be read; they end in the quarantine."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """The unit of work: inputs whose pixels enter the encoder with one height and width, in the order of their rows."""
+    """The unit of work: inputs whose pixels enter the encoder with one shape, (height, width), or of clips (frames,
+    height, width), in the order of their rows."""
 
     index: int
     items: tuple[Item, ...]
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
 
     @property
     def name(self) -> str:
@@ -68,22 +75,24 @@ class Plan:
         return digest.hexdigest()
 
     def save(self, path: Path) -> None:
-        columns: dict[str, list] = {name: [] for name in PLAN_COLUMNS}
+        types = CLIP_PLAN_COLUMNS if any(len(shard.shape) == 3 for shard in self.shards) else PLAN_COLUMNS
+        columns: dict[str, list] = {name: [] for name in types}
         for shard in self.shards:
             for item in shard.items:
                 values = (shard.index, item.key, item.uri, item.label, item.size, *shard.shape)
                 for column, value in zip(columns.values(), values):
                     column.append(value)
-        write_table(path, PLAN_COLUMNS, columns)
+        write_table(path, types, columns)
 
     @classmethod
     def load(cls, path: Path) -> "Plan":
         columns = read_table(path)
         shards = []
-        for index, rows in groupby(zip(*(columns[name] for name in PLAN_COLUMNS)), key=lambda row: row[0]):
+        types = CLIP_PLAN_COLUMNS if "frames" in columns else PLAN_COLUMNS
+        for index, rows in groupby(zip(*(columns[name] for name in types)), key=lambda row: row[0]):
             members = list(rows)
-            items = tuple(Item(key, uri, size, label) for _, key, uri, label, size, _, _ in members)
-            shards.append(Shard(index, items, (members[0][5], members[0][6])))
+            items = tuple(Item(key, uri, size, label) for _, key, uri, label, size, *_ in members)
+            shards.append(Shard(index, items, tuple(members[0][5:])))
         return cls(tuple(shards))
 
     def with_items(self, items: Sequence[Item]) -> "Plan":
@@ -92,16 +101,17 @@ class Plan:
         return Plan(tuple(Shard(s.index, tuple(by_key[i.key] for i in s.items), s.shape) for s in self.shards))
 
 
-def make_plan(items: Sequence[Item], shapes: Sequence[tuple[int, int]], shard_size: int) -> Plan:
+def make_plan(items: Sequence[Item], shapes: Sequence[tuple[int, ...]], shard_size: int) -> Plan:
     """Cut ``items``, sorted by key, into shards of at most ``shard_size`` inputs of one shape.
 
     Args:
-        shapes: height and width with which each item's pixels will enter the encoder.
+        shapes: height and width, of clips also frames before them, with which each item's pixels will enter the
+            encoder.
 
     Raises:
         RequestError: two inputs have the same key.
     """
-    by_shape: dict[tuple[int, int], list[Item]] = {}
+    by_shape: dict[tuple[int, ...], list[Item]] = {}
     seen: dict[str, str] = {}
     for item, shape in zip(items, shapes, strict=True):
         if item.key in seen:

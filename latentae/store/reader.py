@@ -55,7 +55,8 @@ class _OpenShard:
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
         """What is known of each encoded input, in the order of the tensors; as slow to read as 50 of these."""
-        rows = read_rows(self.store, self.shard, ["key", "label", "height", "width", "row"])
+        of_clips = ["frames", "fps"] if len(self.shard.shape) == 3 else []
+        rows = read_rows(self.store, self.shard, ["key", "label", "height", "width", "row", *of_clips])
         every = (dict(zip(rows, values)) for values in zip(*rows.values()))
         return [
             {**row, "label": -1 if row["label"] is None else row["label"]} for row in every if row["row"] is not None
@@ -66,9 +67,10 @@ class LatentStore:
     """The encoded inputs of a store, in the order of its plan.
 
     ``len(store)`` counts them and ``store[i]`` is a dictionary with ``key``, ``label`` (-1 if there is none),
-    ``height`` and ``width`` of the source image, and ``latents``, (C, h, w); from a store of moments ``latents`` are
-    the mode, and ``moments``, (2C, h, w), are mean and log-variance. Copies in other processes share nothing but the
-    files, so a DataLoader may have workers.
+    ``height`` and ``width`` of the source image, and ``latents``, (C, h, w), (C, t, h, w) from a video autoencoder;
+    from a store of moments ``latents`` are the mode, and ``moments``, (2C, h, w), are mean and log-variance. A store of
+    clips (``holds_clips``) also gives how many ``frames`` were encoded, before padding, and their ``fps``. Copies in
+    other processes share nothing but the files, so a DataLoader may have workers.
 
     Raises:
         RequestError: ``path`` is no store.
@@ -88,6 +90,7 @@ class LatentStore:
         self._filled = [(shard, marker) for shard, marker in self._committed if marker["encoded"]]
         self._ends = list(accumulate(marker["encoded"] for _, marker in self._filled))
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self.holds_clips = "frames" in self.config["preprocess"]
 
     @property
     def kind(self) -> str:
@@ -142,7 +145,7 @@ class LatentStore:
         shard, place = self._find(index)
         row = shard.rows[place]
         stored = shard.latents[row["row"]]
-        item = {name: row[name] for name in ("key", "label", "height", "width")}
+        item = {name: value for name, value in row.items() if name != "row"}
         if self._tensor == "moments":
             return {**item, "latents": stored.chunk(2)[0], "moments": stored}
         return {**item, "latents": stored}

@@ -1,6 +1,7 @@
 """One shard on disk: its latents, a row for every input, and last of all the marker that makes it count.
 
-    shards/00042.safetensors   latents (N, C, h, w) or moments (N, 2C, h, w), and labels (N,) where the source has any
+    shards/00042.safetensors   latents (N, C, h, w) or moments (N, 2C, h, w), and labels (N,) where the source has any;
+                               (N, C, t, h, w) from video autoencoders
     shards/00042.parquet       one row per input, encoded or not
     shards/00042.json          the commit marker: counts, hashes, channel sums
 
@@ -41,13 +42,19 @@ ROW_COLUMNS = {
     "label": "int64",
     "row": "int32",  # where its latents stand in the shard
 }
+CLIP_ROW_COLUMNS = {
+    **ROW_COLUMNS,
+    "frames": "int32",  # of the clip that was encoded, before padding
+    "fps": "double",
+}
 
 
 @dataclass
 class Sample:
     """One input on its way into a shard. In the end it has either ``latents`` or a ``reason`` why not.
 
-    pixels: uint8 (3, H, W); latents: what is stored, (C, h, w), or (2C, h, w) for moments.
+    pixels: uint8 (3, H, W), or (3, T, H, W) of a clip; latents: what is stored, (C, h, w), or (2C, h, w) for moments,
+    with t before h where the autoencoder is one of videos. ``frames`` and ``fps`` are those of a clip.
     """
 
     item: Item
@@ -56,6 +63,8 @@ class Sample:
     height: int | None = None
     width: int | None = None
     crop: tuple[int, int, int, int] | None = None
+    frames: int | None = None
+    fps: float | None = None
     pixels: Tensor | None = None
     latents: Tensor | None = None
     reason: str | None = None
@@ -100,7 +109,8 @@ def publish(store: Path, shard: Shard, samples: list[Sample], *, kind: str, fing
     encoded = [sample for sample in samples if sample.latents is not None]
     stored = torch.stack([sample.latents for sample in encoded if sample.latents is not None]) if encoded else None
     data = None if stored is None else _serialise(encoded, stored, kind)
-    rows = table_bytes(ROW_COLUMNS, _rows(samples))
+    columns = row_columns(shard)
+    rows = table_bytes(columns, _rows(samples, columns))
     marker = {
         "shard": shard.index,
         "fingerprint": fingerprint,
@@ -159,7 +169,12 @@ def _sum(images: np.ndarray) -> list[float]:
     return images.sum(axis=2).sum(axis=0).tolist()
 
 
-def _rows(samples: list[Sample]) -> dict[str, list[Any]]:
+def row_columns(shard: Shard) -> dict[str, str]:
+    """What is noted of each input, by name and type."""
+    return CLIP_ROW_COLUMNS if len(shard.shape) == 3 else ROW_COLUMNS
+
+
+def _rows(samples: list[Sample], columns: dict[str, str]) -> dict[str, list[Any]]:
     rows = []
     encoded = 0
     for sample in samples:
@@ -167,9 +182,9 @@ def _rows(samples: list[Sample]) -> dict[str, list[Any]]:
         top, left, height, width = sample.crop or (None,) * 4
         status = ("ok", None, None) if good else ("bad", sample.reason, sample.message)
         source = (sample.sha256, sample.bytes, sample.height, sample.width, top, left, height, width, item.label)
-        rows.append((item.key, item.uri, *status, *source, encoded if good else None))
+        rows.append((item.key, item.uri, *status, *source, encoded if good else None, sample.frames, sample.fps))
         encoded += good
-    return dict(zip(ROW_COLUMNS, map(list, zip(*rows))))
+    return dict(zip(columns, map(list, zip(*rows))))
 
 
 def read_rows(store: Path, shard: Shard, columns: list[str] | None = None) -> dict[str, list[Any]]:
@@ -193,6 +208,8 @@ def read_samples(store: Path, shard: Shard, kind: str) -> list[Sample]:
                 height=row["height"],
                 width=row["width"],
                 crop=None if crop[0] is None else crop,
+                frames=row.get("frames"),
+                fps=row.get("fps"),
                 latents=None if row["row"] is None else stored[row["row"]],
                 reason=row["reason"],
                 message=row["message"],

@@ -41,7 +41,12 @@ class Loader:
     multiple: int
     policy: DecodePolicy
 
-    def shape(self, item: Item) -> tuple[int, int]:
+    @property
+    def fixed_shape(self) -> tuple[int, ...] | None:
+        """The shape of the pixels of every input, None where they have their own."""
+        return None if self.size is None else (self.size, self.size)
+
+    def shape(self, item: Item) -> tuple[int, ...]:
         """Height and width of a whole image when padded, from its header; (0, 0) if that cannot be read."""
         try:
             height, width = probe_size(self._read(item))
@@ -162,7 +167,7 @@ class BatchEncoder:
 
     def _batch_size(self, shard: Shard) -> int:
         size = self.runner.batch_size
-        return size if self.options.size else batch_for(size, shard.shape)
+        return size if self.options.size and not self.options.clips else batch_for(size, shard.shape)
 
     def _encode(self, samples: list[Sample]) -> None:
         for sample, latents in zip(samples, self.runner.run(self._latents, samples)):
@@ -171,7 +176,8 @@ class BatchEncoder:
 
     @torch.no_grad()
     def _latents(self, samples: list[Sample]) -> Tensor:
-        images = torch.stack([sample.pixels for sample in samples if sample.pixels is not None])  # (B, 3, H, W)
+        # (B, 3, H, W), or (B, 3, T, H, W) of clips
+        images = torch.stack([sample.pixels for sample in samples if sample.pixels is not None])
         posterior = raw_posterior(self.codec, to_float(images.to(self.codec.device)))
         if self.options.kind == "moments":
             latents = torch.cat([posterior.mean, posterior.logvar], dim=1)
@@ -179,6 +185,12 @@ class BatchEncoder:
             latents = posterior.sample([key_generator(self.options.seed, sample.item.key) for sample in samples])
         else:
             latents = posterior.mode()
+        if self.options.clips and latents.shape[2] * self.codec.temporal_ratio < images.shape[2]:
+            raise RequestError(
+                f"{type(self.codec.autoencoder).__name__} makes {latents.shape[2]} frames of latents of "
+                f"{images.shape[2]} frames, too few for its ratio in time of {self.codec.temporal_ratio}: clips would "
+                "lose their ends; take another number of --frames."
+            )
         return latents.float().cpu()
 
     def _accept(self, sample: Sample, latents: Tensor) -> None:
@@ -202,8 +214,8 @@ def key_generator(seed: int, key: str, purpose: str = "") -> torch.Generator:
 
 
 def raw_posterior(codec: LatentCodec, pixels: Tensor) -> Any:
-    """The codec's posterior of images (B, 3, H, W); for a video autoencoder they are videos of one frame."""
-    return codec.posterior(pixels.unsqueeze(2) if codec.is_video else pixels)
+    """The codec's posterior of images (B, 3, H, W), for a video autoencoder videos of one frame, or (B, 3, T, H, W)."""
+    return codec.posterior(pixels.unsqueeze(2) if codec.is_video and pixels.ndim == 4 else pixels)
 
 
 def check_max_bad(max_bad: float) -> None:

@@ -16,7 +16,7 @@ it is never another frame, a black one, or a shorter clip. As in images, bits th
 may go unnoticed.
 """
 
-from latentae.data.video.base import BadVideo, FrameChoice, Video, VideoInfo, frame_numbers, frame_rate
+from latentae.data.video.base import BadVideo, FrameChoice, Video, VideoInfo, check_memory, frame_numbers, frame_rate
 from latentae.data.video.opening import VIDEO_EXTENSIONS, is_animated, open_video
 from latentae.data.video.writing import VIDEO_FORMATS, write_video
 
@@ -27,6 +27,7 @@ __all__ = [
     "FrameChoice",
     "Video",
     "VideoInfo",
+    "check_memory",
     "frame_numbers",
     "frame_rate",
     "is_animated",

@@ -145,9 +145,29 @@ class FrameChoice:
         latest = times[-1] + interval - (self.frames - 1) * self.stride / (self.fps * unit)  # starts lie before it
         return bisect.bisect_left(times, math.ceil(latest))
 
+    def describe(self) -> dict[str, int | str | None]:
+        """The choice as JSON, for the record of a store."""
+        return {
+            "frames": self.frames or "all",
+            "fps": None if self.fps is None else str(self.fps),
+            "stride": self.stride,
+        }
+
     def rate(self, info: VideoInfo) -> Fraction:
         """Frames per second of the chosen clip."""
         return (self.fps or info.fps) / self.stride
+
+
+def check_memory(frames: int, height: int, width: int) -> None:
+    """Refuse to hold more than 8 GiB of pixels at once.
+
+    Raises:
+        BadVideo: ``too-large``.
+    """
+    if frames * height * width * 3 > MOST_BYTES:
+        raise BadVideo(
+            "too-large", f"{frames} frames of {width} x {height} pixels are too many to be in memory at once."
+        )
 
 
 class Video(ABC):
@@ -197,12 +217,8 @@ class Video(ABC):
             BadVideo: as `frames` and `FrameChoice.numbers`, or ``too-large`` for memory.
         """
         numbers = (choice or FrameChoice()).numbers(self.info, start)
-        shape = (len(numbers), self.info.height, self.info.width, 3)
-        if math.prod(shape) > MOST_BYTES:
-            raise BadVideo(
-                "too-large", f"{len(numbers)} frames of {shape[2]} x {shape[1]} pixels do not fit into memory at once."
-            )
-        clip = np.empty(shape, np.uint8)
+        check_memory(len(numbers), self.info.height, self.info.width)
+        clip = np.empty((len(numbers), self.info.height, self.info.width, 3), np.uint8)
         for position, frame in enumerate(self.frames(numbers)):
             clip[position] = frame
         return clip

@@ -48,6 +48,7 @@ def write_video(path: str | os.PathLike[str], frames: Iterable[np.ndarray], fps:
     first = next(rest, None)
     if first is None:
         raise RequestError(f"There are no frames to write to {path}.")
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file, av.open(file, "w", format=kind["format"]) as container:
         stream = container.add_stream(kind["codec"], rate=rate, options=kind["options"])
         stream.height, stream.width = first.shape[:2]

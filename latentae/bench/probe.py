@@ -26,7 +26,7 @@ from latentae.metrics.diffusion_rate import SpectralGaussian, diffusion_nats, ga
 from latentae.metrics.frechet import FrechetInceptionDistance
 from latentae.metrics.sliced_wasserstein import SlicedWasserstein
 
-DENOISER = {"preset": "dit-probe"}  # 4.5 M parameters
+DENOISER = {"preset": "dit-probe"}  # 4.6 M parameters
 LEARNING_RATE = 1e-3
 WARM_UP = 0.1  # of the steps
 LARGEST_GRADIENT = 1.0

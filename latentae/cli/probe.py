@@ -1,6 +1,6 @@
 """Say how easy the latents of image autoencoders are to model. Experimental.
 
-For each model a small diffusion transformer (4.5 M parameters, unconditional, flow matching) learns the latents of the
+For each model a small diffusion transformer (4.6 M parameters, unconditional, flow matching) learns the latents of the
 images, whitened over their channels, in steps of the same arithmetic whatever the compression ratio. Then it generates
 images, which are decoded and compared with held-out ones: sliced Wasserstein distance of patches of a Haar pyramid, and
 gFID where Inception's weights are on this machine. Beside it stand the bits per pixel that this denoiser needs for the

@@ -127,7 +127,7 @@ def test_the_shape_is_that_of_every_entry(seven, store, tmp_path, write_images, 
     assert moments.latent_shape == moments[0]["latents"].shape
     assert torch.equal(moments.stored(3), moments[3]["moments"])
     write_images(tmp_path / "two", {"a.png": (32, 32), "b.png": (64, 32)})
-    encode_dataset(tmp_path / "two", tmp_path / "native", dcae, size=None)
+    encode_dataset(tmp_path / "two", tmp_path / "native", dcae, size="native")
     with pytest.raises(RequestError, match=r"holds latents of 2 shapes \(8 x 4 x 4, 8 x 8 x 4\): encode with --size"):
         LatentStore(tmp_path / "native").latent_shape  # noqa: B018
 

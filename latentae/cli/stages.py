@@ -9,7 +9,8 @@ SUMMARY = "train by a list of recipes in order; the same command again resumes i
 HELP = """usage: latentae stages FILE [--runs DIR] [OPTIONS]
 
 Train in stages: each recipe of FILE in order, every later one from the weights of the run before it (its averaged
-weights, and the average goes on from there). The same command again skips what is finished and continues the rest.
+weights, and the average goes on from there); a recipe of latent diffusion takes that run as its codec. The same command
+again skips what is finished and continues the rest.
 
   latentae stages dcae/f32c32 --data.path IMAGENET/train
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -20,8 +21,8 @@ import yaml
 from latentae.console import say
 from latentae.errors import RequestError
 from latentae.training.cli import CommandLine, quiet_libraries, step_of
-from latentae.training.config import options
-from latentae.training.recipes import find_stages
+from latentae.training.config import options, read_yaml
+from latentae.training.recipes import find_recipe, find_stages
 
 PR_SET_PDEATHSIG = 1
 KEYS = ("config", "run_dir", "overrides")
@@ -63,7 +64,7 @@ def stages_command(argv: list[str]) -> int:
 
 
 def read_stages(file: Path, runs: Path, common: list[str]) -> list[Stage]:
-    """The stages of a file; every one but the first starts from the run before it.
+    """The stages of a file; every one but the first starts from the run before it, a denoiser with it as its codec.
 
     Raises:
         RequestError: it is no YAML list of stages, has a key that stages do not have, or a run folder twice.
@@ -90,11 +91,19 @@ def read_stages(file: Path, runs: Path, common: list[str]) -> list[Stage]:
         if not isinstance(overrides, dict):
             raise RequestError(f"{where}: overrides map options of 'latentae fit' to their values.")
         before = str(stages[-1].run_dir) if stages else BEFORE
-        start = [f"--model.autoencoder.init_from={before}"] if stages else []
         own = [word.replace(BEFORE, before) for word in _as_options(overrides)]
         config = entry["config"] if not (beside := file.parent / entry["config"]).is_file() else str(beside)
+        begins = "model.codec" if _trains_denoiser(config) else "model.autoencoder.init_from"
+        start = [f"--{begins}={before}"] if stages else []
         stages.append(Stage(run_dir, [f"--config={config}", f"--run_dir={run_dir}", *start, *common, *own]))
     return stages
+
+
+def _trains_denoiser(config: str) -> bool:
+    """Whether a recipe is one of latent diffusion, which takes the run before as its codec."""
+    with suppress(RequestError):  # said when the stage is checked
+        return "denoiser" in read_yaml(find_recipe(config)).get("model", {})
+    return False
 
 
 def _as_options(overrides: Mapping[str, Any], prefix: str = "") -> list[str]:

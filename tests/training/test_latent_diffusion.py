@@ -16,6 +16,7 @@ import latentae
 from latentae.cli.main import main
 from latentae.denoisers import create_denoiser
 from latentae.errors import DataError, RequestError
+from latentae.loading import weights_hash
 from latentae.loading.diffusion import is_diffusion_run, load_diffusion
 from latentae.objectives import LogitNormalTimes
 from latentae.store.reader import LatentStore
@@ -23,6 +24,7 @@ from latentae.training.config import read_yaml
 from latentae.training.diffusion import LatentDiffusionModule
 from latentae.training.latent_data import LatentData, class_names
 from latentae.training.recipes import find_recipe, recipe_names
+from latentae.training.stages import read_stages
 
 SMALL = {"preset": "dit-tiny", "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16}
 RECIPES = [name for name in recipe_names() if name.startswith("diffusion/")]
@@ -518,6 +520,16 @@ def test_a_store_runs_and_validates_by_the_same_commands(tmp_path, stores, capsy
     saved = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
     assert saved["model"]["codec"] == "dc-ae-tiny"
     assert saved["model"]["denoiser"]["num_layers"] == 1
+
+
+def test_stages_train_an_autoencoder_and_then_a_denoiser_of_its_latents(tmp_path, classes):
+    (tmp_path / "both.yaml").write_text("[{config: demo, run_dir: codec}, {config: diffusion/tiny, run_dir: flow}]")
+    options = [option for option in small_options(tmp_path) if "model" not in option and "run_dir" not in option]
+    first, second = read_stages(tmp_path / "both.yaml", tmp_path, [*options, f"--data.path={classes}"])
+    for stage in (first, second):
+        assert main(["fit", *stage.arguments]) == 0
+    assert load_diffusion(second.run_dir).autoencoder == str(first.run_dir)
+    assert load_diffusion(second.run_dir).autoencoder_sha256 == weights_hash(latentae.load(first.run_dir))
 
 
 COMMAND_ERRORS = {

@@ -2,6 +2,8 @@
 
 import errno
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -73,14 +75,21 @@ def _save(autoencoder: nn.Module, folder: Path, changes: dict[str, Any]) -> None
     model: Any = autoencoder.folded() if isinstance(autoencoder, Autoencoder) else autoencoder
     if model is not autoencoder and padding_mode(autoencoder) != "zeros":
         set_padding_mode(model, padding_mode(autoencoder))
-    try:
+    with full_disks(folder):
         model.save_pretrained(folder)
-    except SafetensorError as error:  # hides the operating system's error in its text
+    if changes:
+        write_json(folder / "config.json", {**read_json(folder / "config.json"), **changes})
+
+
+@contextmanager
+def full_disks(folder: Path) -> Iterator[None]:
+    """Within it, a full disk is the OSError that it is, which safetensors hides in the text of an error of its own."""
+    try:
+        yield
+    except SafetensorError as error:
         if "os error 28" in str(error):
             raise OSError(errno.ENOSPC, "No space left on device", str(folder)) from error
         raise
-    if changes:
-        write_json(folder / "config.json", {**read_json(folder / "config.json"), **changes})
 
 
 def weights_hash(autoencoder: nn.Module) -> str:

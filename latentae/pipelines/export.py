@@ -21,7 +21,7 @@ from latentae.families.base import Autoencoder
 from latentae.files import read_json, write_json
 from latentae.loading import export
 from latentae.loading.diffusion import LatentDiffusion
-from latentae.loading.export import STOCK_CLASS
+from latentae.loading.export import STOCK_CLASS, full_disks
 from latentae.nn.padding import padding_mode
 from latentae.pipelines.card import write_pipeline_card
 from latentae.pipelines.flow import ClassConditionalFlowPipeline
@@ -121,7 +121,8 @@ def export_pipeline(
         pipeline: Any = dit_pipeline(diffusion, vae)
     else:
         pipeline = flow_pipeline(diffusion, vae)
-    pipeline.save_pretrained(folder)
+    with full_disks(folder):
+        pipeline.save_pretrained(folder)
     if kind == "dit" and diffusion.labels:  # which DiTPipeline reads and does not write
         index = folder / "model_index.json"
         write_json(index, {**read_json(index), "id2label": _stock_names(diffusion)})

@@ -1,5 +1,6 @@
 """Folders of pipelines: what stock diffusers opens alone draws what we draw, and what cannot be is said."""
 
+import errno
 import json
 import re
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 import torch
 from diffusers import DiTPipeline, DPMSolverMultistepScheduler
 from diffusers.models.autoencoders.vae import DecoderOutput
+from safetensors import SafetensorError
 
 import latentae
 from latentae.cli.main import main
@@ -205,6 +207,18 @@ def test_the_command_writes_the_stock_pipeline(stock_dit, autoencoder, tmp_path,
     namespace: dict = {}
     exec(code.replace("FOLDER", str(out)), namespace)
     assert namespace["image"].size == (16, 16)
+
+
+@pytest.mark.parametrize("kind", ["flow", "dit"])
+def test_a_full_disk_is_said(kind, stock_dit, autoencoder, tmp_path, monkeypatch):
+    def save(*arguments, **keywords):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    vae, model = autoencoder("AutoencoderKL"), stock_dit()
+    monkeypatch.setattr(type(model.denoiser.transformer), "save_pretrained", save)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        export_pipeline(model, vae, tmp_path, kind)
+    assert caught.value.errno == errno.ENOSPC
 
 
 def test_the_command_refuses_in_one_sentence(diffusion, autoencoder, tmp_path, capsys):

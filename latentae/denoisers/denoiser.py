@@ -2,7 +2,7 @@
 
 DiT (arXiv 2212.09748) has a table of classes, and one for "none", in each block. PixArt-α (2310.00426) and Sana
 (2410.10629) read captions; here the class is a caption of one token. All predict the velocity of the linear path, as
-SiT (2401.08740), and are saved as the stock classes that they are.
+SiT (2401.08740), and are saved as the stock classes that they are. `PlaneTransformer`, of tokens of planes, is ours.
 """
 
 import math
@@ -16,10 +16,12 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import AdaLayerNormSingle, AdaLayerNormZero
 from torch import Tensor, nn
 
+from latentae.denoisers.planes import PlaneTransformer
 from latentae.errors import RequestError
 
 TRANSFORMERS: dict[str, Any] = {
-    cls.__name__: cls for cls in (DiTTransformer2DModel, PixArtTransformer2DModel, SanaTransformer2DModel)
+    cls.__name__: cls
+    for cls in (DiTTransformer2DModel, PixArtTransformer2DModel, SanaTransformer2DModel, PlaneTransformer)
 }
 TIME_SCALE = 1000.0  # diffusers' transformers count their time in thousandths
 
@@ -53,7 +55,7 @@ class Denoiser(nn.Module):
         transformer: one of `TRANSFORMERS`, with as many channels out as in.
         class_embedder: for a transformer that reads captions.
         num_classes: labels are 0 to ``num_classes - 1``, and ``num_classes`` for none; 1 for unconditional data.
-        latent_shape: (C, h, w) of the latents that it is for.
+        latent_shape: (C, h, w) of the latents that it is for, or (N, C) of tokens of planes.
 
     Raises:
         RequestError: it cannot hold latents of that shape.
@@ -64,7 +66,7 @@ class Denoiser(nn.Module):
         transformer: Any,
         class_embedder: ClassEmbedder | None,
         num_classes: int,
-        latent_shape: tuple[int, int, int],
+        latent_shape: tuple[int, ...],
     ):
         super().__init__()
         self.transformer = transformer
@@ -77,7 +79,10 @@ class Denoiser(nn.Module):
                 module.dropout_prob = 0.0  # in training every block would drop labels by itself
 
     def forward(self, noisy: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The velocity at ``noisy`` (B, C, h, w) and times t (B,), for classes (B,) or, by default, none."""
+        """The velocity at ``noisy`` (B, C, h, w) and times t (B,), for classes (B,) or, by default, none.
+
+        Of planes ``noisy`` is (B, N, C), and t may be (B, N).
+        """
         labels = self.null_labels(len(noisy)) if labels is None else labels
         if self.class_embedder is None:
             return self.transformer(noisy, timestep=TIME_SCALE * t, class_labels=labels).sample
@@ -91,11 +96,20 @@ class Denoiser(nn.Module):
         return torch.full((count,), self.num_classes if self.num_classes > 1 else 0, device=device)
 
     def check_grid(self, latent_shape: tuple[int, ...]) -> None:
-        """Refuse latents (C, h, w) that the transformer cannot hold.
+        """Refuse latents (C, h, w), or (N, C) of planes, that the transformer cannot hold.
 
         Raises:
             RequestError: other channels or another size than it was built for, or sides that patches do not divide.
         """
+        if isinstance(self.transformer, PlaneTransformer):
+            layout = self.transformer.layout
+            if tuple(latent_shape) != (layout.num_tokens, layout.channels):
+                raise RequestError(
+                    f"The denoiser was made for {layout.num_tokens} tokens of planes with {layout.channels} channels, "
+                    f"these latents are {' x '.join(map(str, latent_shape))}: use clips of the size that it was "
+                    "trained on."
+                )
+            return
         config, name = self.transformer.config, type(self.transformer).__name__
         channels, height, width = latent_shape
         if channels != config.in_channels:
@@ -138,7 +152,10 @@ def build_denoiser(description: dict[str, Any]) -> Denoiser:
     neither, since it only loads trained weights.
     """
     transformer = TRANSFORMERS[description["class_name"]](**description["config"])
-    _initialise(transformer)
+    if isinstance(transformer, PlaneTransformer):
+        transformer.initialise()
+    else:
+        _initialise(transformer)
     embedder = None
     if description["class_channels"]:
         embedder = ClassEmbedder(description["num_classes"], description["class_channels"])

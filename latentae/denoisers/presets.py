@@ -8,6 +8,7 @@ import torch
 
 from latentae.denoisers.denoiser import TRANSFORMERS, Denoiser, build_denoiser
 from latentae.errors import RequestError
+from latentae.nn.planes import PlaneLayout
 
 
 def _dit(layers: int, heads: int, head_dim: int, **arguments: Any) -> dict[str, Any]:
@@ -38,6 +39,10 @@ def _sana(layers: int, heads: int, cross_heads: int, cross_head_dim: int) -> dic
     }
 
 
+def _planes(layers: int, heads: int, head_dim: int) -> dict[str, Any]:
+    return {**_dit(layers, heads, head_dim), "class_name": "PlaneTransformer"}
+
+
 PRESETS: dict[str, dict[str, Any]] = {
     "dit-tiny": _dit(4, 4, 32),
     "dit-probe": _dit(6, 6, 32),
@@ -50,8 +55,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "sana-tiny": _sana(4, 4, 4, 32),
     "sana-600m": _sana(28, 36, 16, 72),
     "sana-1.6b": _sana(20, 70, 20, 112),
+    "planes-tiny": _planes(4, 4, 32),
+    "planes-s": _planes(12, 6, 64),
+    "planes-b": _planes(12, 12, 64),
+    "planes-l": _planes(24, 16, 64),
+    "planes-xl": _planes(28, 16, 72),
 }
-OURS = ("in_channels", "out_channels", "sample_size", "num_embeds_ada_norm")  # follow from the latents and the classes
+# these follow from the latents and the classes
+OURS = ("in_channels", "out_channels", "sample_size", "num_embeds_ada_norm", "layout")
 
 
 def denoiser_presets() -> list[str]:
@@ -60,7 +71,7 @@ def denoiser_presets() -> list[str]:
 
 
 def create_denoiser(
-    description: dict[str, Any], latent_shape: tuple[int, int, int], num_classes: int = 1, seed: int = 0
+    description: dict[str, Any], latent_shape: tuple[int, int, int] | PlaneLayout, num_classes: int = 1, seed: int = 0
 ) -> Denoiser:
     """A denoiser with random weights.
 
@@ -68,7 +79,8 @@ def create_denoiser(
         description: ``{"preset": NAME, **changed arguments}``, or ``{"class_name": NAME, **arguments}`` of one of
             diffusers' classes: DiTTransformer2DModel, PixArtTransformer2DModel, SanaTransformer2DModel. Patches are of
             1 unless ``patch_size`` says otherwise. Channels, size and classes follow from the other arguments.
-        latent_shape: (C, h, w).
+            ``planes-…`` and PlaneTransformer are for planes, and only these.
+        latent_shape: (C, h, w), or the layout of planes.
         num_classes: 1 for unconditional data.
         seed: of the weights; the global generator stays as it was.
 
@@ -79,26 +91,38 @@ def create_denoiser(
     name = arguments.pop("preset", None)
     if name is not None and name not in PRESETS:
         raise RequestError(f"There is no denoiser {name!r}; {_nearest(name, list(PRESETS))}")
-    arguments = {"patch_size": 1, **PRESETS.get(name, {}), **arguments}
+    arguments = {**PRESETS.get(name, {}), **arguments}
     kind = str(arguments.pop("class_name", None))
     if kind not in TRANSFORMERS:
         raise RequestError(
             f"The denoiser names no preset, and no class that fits: {_nearest(kind, list(TRANSFORMERS))}"
         )
+    of_planes = isinstance(latent_shape, PlaneLayout)
+    if (kind == "PlaneTransformer") != of_planes:
+        what, fitting = ("planes", "planes-s") if of_planes else ("images", "dit-s")
+        raise RequestError(f"{kind} does not fit the latents, which are of {what}: take a denoiser such as {fitting}.")
     known = [key for key in signature(TRANSFORMERS[kind].__init__).parameters if key not in ("self", *OURS)]
     for key in arguments:
         if key not in known:
             raise RequestError(f"{kind} has no argument {key!r} of its own; {_nearest(key, known)}")
-    channels, height, width = latent_shape
-    config = {**arguments, "in_channels": channels, "out_channels": channels, "sample_size": max(height, width)}
-    if kind == "DiTTransformer2DModel":
+    shape: tuple[int, ...]
+    if isinstance(latent_shape, PlaneLayout):
+        layout = latent_shape
+        shape = (layout.num_tokens, layout.channels)
+        config = {**arguments, "layout": [layout.t, layout.h, layout.w, layout.planes, layout.channels]}
+    else:
+        shape = latent_shape
+        channels, height, width = latent_shape
+        given = {"patch_size": 1, **arguments}
+        config = {**given, "in_channels": channels, "out_channels": channels, "sample_size": max(height, width)}
+    if kind in ("DiTTransformer2DModel", "PlaneTransformer"):
         config["num_embeds_ada_norm"] = num_classes
     built = {
         "class_name": kind,
         "config": config,
         "class_channels": arguments.get("caption_channels"),
         "num_classes": num_classes,
-        "latent_shape": list(latent_shape),
+        "latent_shape": list(shape),
     }
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -1,6 +1,7 @@
 """Reading clips: every frame by its number, times, colours, rotation; and files that are broken or hostile."""
 
 import struct
+import sys
 from fractions import Fraction
 
 import numpy as np
@@ -9,7 +10,7 @@ from PIL import Image
 
 from latentae.data.decode import DecodePolicy
 from latentae.data.video import BadVideo, FrameChoice, VideoInfo, frame_numbers, frame_rate, open_video, write_video
-from latentae.errors import RequestError
+from latentae.errors import MissingExtra, RequestError
 
 CODECS = {"mp4": "libx264", "mov": "libx264", "mkv": "libx264", "webm": "libvpx-vp9", "avi": "mpeg4"}
 
@@ -184,6 +185,19 @@ def test_odd_sizes(height, width, tmp_path, clips):
     assert open_video(path).clip().shape == (4, height, width, 3)
 
 
+def test_an_edit_list_leaves_out_what_is_not_to_be_shown(tmp_path, clips):
+    path = clips.write(tmp_path / "a.mp4", 30, bf="0")
+    data = bytearray(path.read_bytes())
+    entry = data.index(b"elst") + 4 + 4 + 4  # segment duration, then media time
+    assert data[entry - 1] == 1
+    frame = open_video(path).info.pts[1]
+    data[entry + 4 : entry + 8] = (5 * frame).to_bytes(4, "big")
+    path.write_bytes(data)
+    video = open_video(path)
+    assert clips.read(video.clip()) == list(range(5, 30))
+    assert clips.read(video.frames([0, 12])) == [5, 17]
+
+
 # --- clips that need no video library ---
 
 
@@ -232,6 +246,15 @@ def test_a_folder_of_frames_in_natural_order(tmp_path, clips):
 
 
 # --- what is broken ---
+
+
+def test_a_missing_library_is_one_sentence(tmp_path, clips, monkeypatch):
+    path = clips.write(tmp_path / "a.mp4", 2)
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(MissingExtra, match=r"pip install 'latentae\[video\]'"):
+        open_video(path).clip()
+    with pytest.raises(MissingExtra):
+        write_video(path, clips.frames(2), 10)
 
 
 def test_empty_missing_and_other_files(tmp_path):
@@ -344,6 +367,24 @@ def test_huge_sizes_are_refused_by_the_header(tmp_path, clips):
     for name in ("a.gif", "a.npy"):
         with pytest.raises(BadVideo, match="too-large"):
             open_video(tmp_path / name, DecodePolicy(max_pixels=48 * 64 - 1)).clip()
+
+
+def test_a_header_that_lies_about_its_size_allocates_nothing(tmp_path):
+    import av
+
+    path = tmp_path / "a.avi"
+    with av.open(path, "w") as container:
+        stream = container.add_stream("rawvideo", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 16, 16, "bgr24"
+        for _ in range(2):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8), format="bgr24")))
+    data = path.read_bytes()
+    place = data.index(b"strf") + 8 + 4  # width and height in the BITMAPINFOHEADER
+    size = struct.pack("<2i", 2**30, 2**30)
+    path.write_bytes(data[:place] + size + data[place + 8 :])
+    assert reason(path) in {"too-large", "damaged"}
+    path.write_bytes(data[:place] + struct.pack("<2i", 12000, 12000) + data[place + 8 :])
+    assert reason(path) == "too-large"
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,7 @@ def test_a_cell_is_kept_until_its_weights_or_settings_change(module, claims, tmp
     pictures = claims.pictures.leaves_of(5, 64, 64), claims.pictures.leaves_of(6, 16, 64)
 
     def measure(steps):
-        return module.cell(tmp_path, module.EQ, 1, module.ProbeSettings(steps=steps), pictures)
+        return module.cell(tmp_path, "cpu", module.EQ, 1, module.ProbeSettings(steps=steps), pictures)
 
     assert measure(2)["figures"] == measure(2)["figures"] == {"x": 1}
     assert len(measured) == 1
@@ -154,10 +154,17 @@ def test_a_cell_is_kept_until_its_weights_or_settings_change(module, claims, tmp
     assert len(measured) == 3
 
 
-def test_what_the_claim_refuses(module, tmp_path):
+def test_tiers_keep_cells_of_their_own(module):
+    names = [module.cell_name(tier, codec, 1) for tier in ("cpu", "gpu") for codec in module.CODECS]
+    assert len(set(names)) == 8
+    assert names[3] == "dc-ae-f16-1"
+
+
+def test_what_the_claim_refuses(module, tmp_path, monkeypatch):
     with pytest.raises(RequestError, match="--json"):
         module.run("cpu", True, None, None)
-    with pytest.raises(RequestError, match="cpu tier"):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RequestError, match="CUDA device"):
         module.run("gpu", True, None, tmp_path / "probe.png")
 
 

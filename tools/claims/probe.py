@@ -31,6 +31,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
@@ -58,7 +59,10 @@ CODECS = (PLAIN, EQ, SCALE, DEEP)
 SIZE = 64
 TRAIN_SEED, HELD_OUT_SEED = 10_006, 10_007  # of dead leaves that no codec saw
 TRAIN_IMAGES, HELD_OUT_IMAGES = 8000, 512
-STEPS, SAMPLES = 1000, 512
+TIERS = {
+    "cpu": ProbeSettings(steps=1000, samples=512),  # about two hours of one core
+    "gpu": ProbeSettings(steps=20000, tokens_per_step=16384, samples=2048),
+}
 
 TO_IMAGES, TO_OWN, RATE = "samples to images", "samples to own reconstructions", "bits per pixel"
 OWN_UNITS = f"{TO_OWN}, own units"
@@ -78,14 +82,14 @@ LEAST = {
 
 def run(tier: str, quick: bool, steps: int | None, figure: Path | None) -> dict[str, Any]:
     """Probe all cells that are not there; prints the table and draws the figure. See `claims.py` for the arguments."""
-    if tier != "cpu":
-        raise RequestError("The claim probe has only its cpu tier so far: leave --tier out.")
+    if tier == "gpu" and not torch.cuda.is_available():
+        raise RequestError("The tier gpu of the claim probe needs a CUDA device: leave --tier out.")
     if figure is None:
         raise RequestError("The claim probe keeps its models and cells beside its figure: give --json or --figure.")
     results = figure.parent
     folder = results / MODELS
     folder.mkdir(exist_ok=True)
-    settings = ProbeSettings(steps=2, samples=16) if quick else ProbeSettings(steps=steps or STEPS, samples=SAMPLES)
+    settings = ProbeSettings(steps=2, samples=16) if quick else replace(TIERS[tier], steps=steps or TIERS[tier].steps)
     counts = (64, 16) if quick else (TRAIN_IMAGES, HELD_OUT_IMAGES)
     with locked(folder / "training.lock"):
         train_missing(results, quick)
@@ -96,9 +100,9 @@ def run(tier: str, quick: bool, steps: int | None, figure: Path | None) -> dict[
     for waits in (False, True):  # first what nobody else is at, then what others have not finished
         for codec, seed in places:
             if seed not in cells[codec]:
-                with locked(folder / f"{slug(codec)}-{seed}.lock", waits) as mine:
+                with locked(folder / f"{cell_name(tier, codec, seed)}.lock", waits) as mine:
                     if mine:
-                        cells[codec][seed] = cell(results, codec, seed, settings, pictures)
+                        cells[codec][seed] = cell(results, tier, codec, seed, settings, pictures)
     table = summarise(cells)
     comparisons = compare(cells)
     verdicts = thresholds(cells, comparisons)
@@ -121,8 +125,9 @@ def run(tier: str, quick: bool, steps: int | None, figure: Path | None) -> dict[
     }
 
 
-def slug(codec: str) -> str:
-    return codec.replace(" ", "-").lower()
+def cell_name(tier: str, codec: str, seed: int) -> str:
+    """Of its file; those of one tier leave those of the other."""
+    return f"{'gpu-' if tier == 'gpu' else ''}{codec.replace(' ', '-').lower()}-{seed}"
 
 
 @contextlib.contextmanager
@@ -138,7 +143,7 @@ def locked(path: Path, waits: bool = True) -> Iterator[bool]:
 
 
 def cell(
-    results: Path, codec: str, seed: int, settings: ProbeSettings, pictures: tuple[Tensor, Tensor]
+    results: Path, tier: str, codec: str, seed: int, settings: ProbeSettings, pictures: tuple[Tensor, Tensor]
 ) -> dict[str, Any]:
     """The figures of one codec and seed, from its file if that is of the same weights and settings."""
     folder = folder_of(results, codec, seed)
@@ -147,13 +152,13 @@ def cell(
         "settings": settings.describe(),
         "images": [len(images) for images in pictures],
     }
-    kept = results / MODELS / f"{slug(codec)}-{seed}.json"
+    kept = results / MODELS / f"{cell_name(tier, codec, seed)}.json"
     if kept.exists():
         found = json.loads(kept.read_text())
         if found["identity"] == identity:
             return found
     started = time.monotonic()
-    opened = LatentCodec(latentae.load(folder))
+    opened = LatentCodec(latentae.load(folder), device="cuda" if tier == "gpu" else "cpu")
     space = LatentSpace(opened, named(pictures[0], "train"), named(pictures[1], "held-out"))
     found = {
         "identity": identity,

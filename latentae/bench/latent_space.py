@@ -20,6 +20,7 @@ from latentae.store.decode import noise_generator
 
 HELD_OUT_SHARE = 0.2
 MOST_HELD_OUT = 512
+MOST_SEEN = 512
 LEAST_TRAIN, LEAST_HELD_OUT = 32, 8
 BATCH = 16
 RATED = 32  # held-out images on which the tolerated noise is searched
@@ -84,7 +85,7 @@ class LatentSpace:
     Attributes:
         whitening: over the channels of the training latents.
         train, held_out: whitened latents, (N, C, h, w) float32 on the CPU.
-        seen: as many of the training images as are held out, uint8.
+        seen: the first 512 training images, uint8.
         held_out_images, reconstructions: uint8.
 
     Raises:
@@ -101,7 +102,7 @@ class LatentSpace:
         self.codec = codec
         names, images, latents = _encode(codec, held_out, keep=MOST_HELD_OUT)
         self.held_out_names, self.held_out_images = names, images
-        _, self.seen, of_train = _encode(codec, train, keep=max(len(images), 1))
+        _, self.seen, of_train = _encode(codec, train, keep=MOST_SEEN)
         _refuse_too_few(len(of_train), len(latents))
         self.size = tuple(images.shape[-2:])
         self.whitening = Whitening(of_train)

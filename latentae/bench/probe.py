@@ -70,7 +70,7 @@ class ProbeSettings:
             "patch_size": 1,
             "times": "uniform",
             "optimizer": "AdamW, betas 0.9 and 0.999, no weight decay, gradients clipped to norm 1",
-            "learning_rate": f"{LEARNING_RATE}, linear warm-up over {WARM_UP:.0%} of the steps",
+            "learning_rate": f"{LEARNING_RATE}, up linearly over {WARM_UP:.0%} of the steps, then down linearly to 0",
             "ema": f"min({EMA}, (1 + step) / (10 + step))",
             "latents": "whitened over channels (PCA)",
             "conditioning": "none",
@@ -122,9 +122,12 @@ class Prober:
         self.frechet, self.without_frechet = _frechet(space)
         self.references = {
             "reconstructions": self._compare(space.reconstructions),
-            "train": self._compare(space.seen),
+            "train": self._compare(space.seen[: settings.samples]),
         }
+        self.rated = space.held_out[:RATED]
         self.tolerated = space.tolerated_noise()
+        if self.tolerated["noise"] is not None:
+            self.tolerated |= self._gaussian_bits(self.tolerated["noise"] ** -2)
 
     def run(self, seed: int = 0) -> Probed:
         """Train and measure with one seed.
@@ -203,7 +206,7 @@ class Prober:
                 flops = flops or counted
                 torch.nn.utils.clip_grad_norm_(denoiser.parameters(), LARGEST_GRADIENT)
                 for group in optimizer.param_groups:
-                    group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / (WARM_UP * settings.steps))
+                    group["lr"] = LEARNING_RATE * _schedule((step + 0.5) / settings.steps)
                 optimizer.step()
                 optimizer.zero_grad()
                 _follow(average, denoiser, min(EMA, (1 + step) / (10 + step)))
@@ -235,7 +238,7 @@ class Prober:
 
     def _loss_by_time(self, denoiser: Denoiser) -> list[float]:
         """On held-out latents, with times evenly within each tenth and noise that is the same for all seeds."""
-        latents = self.space.held_out[:RATED]
+        latents = self.rated
         generator = torch.Generator().manual_seed(0)
         inside = (torch.arange(len(latents)) + 0.5) / len(latents)
         losses = []
@@ -247,22 +250,27 @@ class Prober:
         return losses
 
     def _rate(self, denoiser: Denoiser) -> dict[str, Any]:
-        """Bits per pixel under the denoiser, and under Gaussians that know the variance or the spectrum."""
+        """Bits per pixel under the denoiser, beside what is known without it."""
         found = self.tolerated
         if found["noise"] is None:
             return {**found, "bits_per_pixel": None}
-        snr, scale = found["noise"] ** -2, BITS / self.space.pixels
-        latents = self.space.held_out[:RATED]
-        bits = scale * diffusion_nats(denoiser, latents.to(self.device), snr, batch_size=BATCH)
-        white = gaussian_nats(latents.flatten(1), torch.ones(latents[0].numel()), snr)
-        spectral = SpectralGaussian(self.space.train).nats(latents, snr)
+        nats = diffusion_nats(denoiser, self.rated.to(self.device), found["noise"] ** -2, batch_size=BATCH)
+        bits = nats * BITS / self.space.pixels
         return {
             **found,
             "bits_per_pixel": float(bits.mean()),
             "standard_error": float(bits.std() / len(bits) ** 0.5),
+            "rated_images": len(bits),
+        }
+
+    def _gaussian_bits(self, snr: float) -> dict[str, float]:
+        """What denoisers need that know the covariance of the channels only, or that at each spatial frequency."""
+        white = gaussian_nats(self.rated.flatten(1), torch.ones(self.rated[0].numel()), snr)
+        spectral = SpectralGaussian(self.space.train).nats(self.rated, snr)
+        scale = BITS / self.space.pixels
+        return {
             "gaussian_bits_per_pixel": scale * float(white.mean()),
             "spectral_gaussian_bits_per_pixel": scale * float(spectral.mean()),
-            "rated_images": len(latents),
         }
 
     def _compare(self, images: Tensor) -> dict[str, Any]:
@@ -321,6 +329,11 @@ def _frechet(space: LatentSpace) -> tuple[FrechetInceptionDistance | None, str]:
     for part in space.held_out_images.split(BATCH):
         frechet.update(part.to(device), original=True)
     return frechet, ""
+
+
+def _schedule(done: float) -> float:
+    """The share of the learning rate when this share of the steps is done."""
+    return min(done / WARM_UP, (1 - done) / (1 - WARM_UP))
 
 
 def _counting_flops(work: Callable[[], Tensor]) -> tuple[Tensor, int]:

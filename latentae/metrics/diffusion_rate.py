@@ -39,6 +39,7 @@ from latentae.nn.flow import add_noise
 
 NODES = 16
 LEAST_LOG_SNR = -10.0
+BATCH = 256
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 
@@ -115,9 +116,11 @@ class SpectralGaussian:
 
     def __init__(self, latents: Tensor):
         images, channels = latents.shape[:2]
-        self.mean = latents.double().mean(0)
-        found = self._transform(latents)  # (h * w, N, C)
-        covariance = found.transpose(1, 2) @ found  # (h * w, C, C), as often as there are images
+        self.mean = torch.stack([part.double().sum(0) for part in latents.split(BATCH)]).sum(0) / images
+        covariance = torch.zeros((), dtype=torch.float64)  # (h * w, C, C), as often as there are images
+        for part in latents.split(BATCH):
+            found = self._transform(part)  # (h * w, B, C)
+            covariance = covariance + found.transpose(1, 2) @ found
         level = covariance.diagonal(dim1=1, dim2=2).mean(1) / images
         prior = (channels * level)[:, None, None] * torch.eye(channels, dtype=torch.float64)
         self.variances, self.directions = torch.linalg.eigh((covariance + prior) / (images + channels))

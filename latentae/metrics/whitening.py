@@ -48,7 +48,8 @@ class Whitening:
 
     def __call__(self, latents: Tensor) -> Tensor:
         """Latents (B, C, …) whitened, float32."""
-        return _apply(self.forward_matrix, latents.double() - _beside(self.mean, latents)).float()
+        parts = latents.split(BATCH)
+        return torch.cat([_apply(self.forward_matrix, x.double() - _beside(self.mean, x)).float() for x in parts])
 
     def undo(self, white: Tensor) -> Tensor:
         """The inverse, float32."""

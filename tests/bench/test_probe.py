@@ -177,7 +177,7 @@ def test_it_learns_from_the_training_images_only(leaves, monkeypatch):
     assert len(seen[0]) == 16
     start = Prober(space, ProbeSettings(steps=1, tokens_per_step=16, samples=1, sampling_steps=1)).run().figures
     assert start["loss"] == pytest.approx(2, rel=0.1)  # variances of latents and noise, as it begins with nothing
-    assert figures["loss"] < 0.85 * start["loss"]
+    assert figures["loss"] < 0.95 * start["loss"]
     assert figures["loss"] == pytest.approx(sum(figures["loss_by_time"]) / 10)
     rate = figures["rate"]
     assert rate["bits_per_pixel"] < start["rate"]["bits_per_pixel"]

@@ -358,6 +358,25 @@ def test_a_torn_matroska_file_is_damaged(tmp_path, clips):
     assert False not in outcomes
 
 
+def test_tables_that_lost_frames_do_not_make_a_shorter_clip(tmp_path, clips):
+    path = clips.write(tmp_path / "a.mp4", 40)
+    data = bytearray(path.read_bytes())
+    count = data.index(b"stsz") + 4 + 4 + 4
+    assert int.from_bytes(data[count : count + 4], "big") == 40
+    data[count : count + 4] = (25).to_bytes(4, "big")
+    path.write_bytes(data)
+    assert reason(path) == "truncated"
+
+
+def test_an_avi_whose_frames_fail_to_decode_is_damaged(tmp_path, clips):
+    path = clips.write(tmp_path / "a.avi", 40, codec="mpeg4")
+    data = bytearray(path.read_bytes())
+    place = data.index(b"\x00\x00\x01\xb6", len(data) // 2)  # where a picture begins
+    data[place : place + 4] = bytes(4)
+    path.write_bytes(data)
+    assert reason(path) == "damaged"
+
+
 def test_huge_sizes_are_refused_by_the_header(tmp_path, clips):
     video = open_video(clips.write(tmp_path / "a.mp4", 2), DecodePolicy(max_pixels=48 * 64 - 1))
     with pytest.raises(BadVideo, match="too-large: 64 x 48 pixels a frame"):

@@ -1,6 +1,7 @@
 """Video files by PyAV: their times from the packets, their frames by presentation time, errors told apart."""
 
 import os
+import re
 import struct
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ from latentae.errors import MissingExtra
 
 # A file must not make FFmpeg open others, as playlists would.
 DEMUXERS = "mov,matroska,avi"
+SLACK = 0.25  # seconds that a file may state beyond the end of its last frame
 # Hidden frames have packets of their own, or packets no presentation times: only decoding tells what is shown when.
 DECODED_FOR_TIMES = {"vp8"}
 # What to do for the display matrix ((a, b), (c, d)): x' = a x + c y, y' = b x + d y, with y downwards.
@@ -60,17 +62,26 @@ class ContainerVideo(Video):
         with self._opened() as (container, stream):
             rate = Fraction(stream.average_rate) if stream.average_rate else None
             packets = [packet for packet in container.demux(stream) if packet.size]
-            tick = stream.time_base
+            tick, stated = stream.time_base, _stated_seconds(stream)
             by_order = container.format.name == "avi" or stream.codec_context.name in DECODED_FOR_TIMES
-        times = [packet.pts for packet in packets if not packet.is_discard]
+        shown = [packet for packet in packets if not packet.is_discard]
+        times = [packet.pts for packet in shown]
         if by_order or None in times or len(set(times)) < len(times):
-            return self._probe_by_decoding(height, width, rate)
-        return VideoInfo(height, width, tuple(sorted(times)), tick, rate)
+            return self._probe_by_decoding(height, width, rate, len(packets))
+        info = VideoInfo(height, width, tuple(sorted(times)), tick, rate)
+        seconds = (max(packet.pts + (packet.duration or 0) for packet in shown) - info.pts[0]) * tick
+        if seconds + 2 / info.fps + SLACK < stated:
+            raise BadVideo("truncated", f"it states {stated:.3f} s and has frames for {float(seconds):.3f} s.")
+        return info
 
-    def _probe_by_decoding(self, height: int, width: int, rate: Fraction | None) -> VideoInfo:
+    def _probe_by_decoding(self, height: int, width: int, rate: Fraction | None, packets: int) -> VideoInfo:
         with self._opened() as (container, stream):
             times = [frame.pts for frame in container.decode(stream)]
             tick, in_order = stream.time_base, container.format.name != "avi"
+            codec = stream.codec_context
+            # DivX packs two frames into one packet and leaves another one empty
+            if len(times) < packets and not in_order and not (codec.name == "mpeg4" and codec.has_b_frames):
+                raise BadVideo("damaged", f"only {len(times)} of its {packets} frames can be decoded.")
         if in_order and None not in times and all(earlier < later for earlier, later in pairwise(times)):
             return VideoInfo(height, width, tuple(times), tick, rate)
         rate = rate or ASSUMED_FPS
@@ -140,11 +151,11 @@ class ContainerVideo(Video):
         except av.error.FFmpegError as error:
             raise self._explain(error) from error
 
-    def _explain(self, error: Any) -> Exception:
+    def _explain(self, error: Any) -> BadVideo:
         av = import_av()
         what = str(error.strerror or error)
-        if isinstance(error, av.error.MemoryError):
-            return MemoryError(what)
+        if isinstance(error, av.error.MemoryError):  # FFmpeg's limits for tables: a real shortage ends the process
+            return BadVideo("damaged", "it states lengths that there is no memory for.")
         if isinstance(error, OSError) and not isinstance(error, av.error.InvalidDataError | av.error.EOFError):
             return BadVideo("unreadable", f"the file cannot be read ({what}).")
         if isinstance(error, av.error.PatchWelcomeError | av.error.DecoderNotFoundError):
@@ -154,6 +165,14 @@ class ContainerVideo(Video):
         if not (is_iso(head) or is_matroska(head) or head.startswith(b"RIFF")):
             return BadVideo("not-a-video", f"the file begins with {head[:16]!r}, as no video that is known does.")
         return BadVideo("damaged", f"it cannot be decoded ({what}).")
+
+
+def _stated_seconds(stream: Any) -> float:
+    """How long the stream is by the file's own account, 0 where it gives none."""
+    if stream.duration:
+        return float(stream.duration * stream.time_base)
+    clock = re.fullmatch(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", ""))  # as muxers of Matroska write it
+    return 3600 * int(clock[1]) + 60 * int(clock[2]) + float(clock[3]) if clock else 0.0
 
 
 def _turned(frame: Any, pixels: np.ndarray) -> np.ndarray:

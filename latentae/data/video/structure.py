@@ -5,6 +5,7 @@ that the file states are added up first; only headers are read.
 """
 
 import os
+import re
 from pathlib import Path
 from typing import BinaryIO
 
@@ -12,12 +13,13 @@ from latentae.data.video.base import BadVideo
 
 BOXES = {b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot"}  # that mp4 and mov files begin with
 EBML, SEGMENT, CLUSTER = 0x1A45DFA3, 0x18538067, 0x1F43B675
+CHUNK = re.compile(rb"LIST|JUNK|idx1|\d\d(dc|db|pc|wb|tx|iv|__)|ix\d\d|[A-Za-z][A-Za-z0-9_ ]{3}")
 IN_SEGMENT = {CLUSTER, 0x114D9B74, 0x1549A966, 0x1654AE6B, 0x1C53BB6B, 0x1941A469, 0x1043A770, 0x1254C367, 0xEC, 0xBF}
 IN_CLUSTER = {0xE7, 0x5854, 0xA7, 0xAB, 0xA3, 0xA0, 0xAF, 0xEC, 0xBF}
 
 
 def check_structure(path: Path) -> None:
-    """Refuse an empty file, one whose parts reach beyond its end, and a Matroska file that is torn in the middle.
+    """Refuse an empty file, one whose parts reach beyond its end, and Matroska and AVI files torn in the middle.
 
     Raises:
         BadVideo: ``empty``, ``truncated``, ``damaged`` or ``unreadable``.
@@ -34,8 +36,13 @@ def check_structure(path: Path) -> None:
                 end = _end_of_boxes(file, size)
             elif is_matroska(head):
                 end = _end_of_segment(file, size)
+            elif head.startswith(b"RIFF"):
+                end = 8 + int.from_bytes(head[4:8], "little")
+                if head[8:12] == b"AVI " and end <= size:
+                    file.seek(12)
+                    _check_chunks(file, end)
             else:
-                end = 8 + int.from_bytes(head[4:8], "little") if head.startswith(b"RIFF") else size
+                end = size
     except OSError as error:
         raise BadVideo("unreadable", f"the file cannot be read ({error.strerror or error}).") from error
     if end > size:
@@ -65,6 +72,17 @@ def _end_of_boxes(file: BinaryIO, size: int) -> int:
             return size
         start += length
     return start
+
+
+def _check_chunks(file: BinaryIO, end: int, lists: tuple[bytes, ...] = (b"movi", b"rec ")) -> None:
+    """Refuse an AVI file whose chunks, from here to ``end``, do not follow each other; ``lists`` lie in each other."""
+    while file.tell() + 8 <= end:
+        name, length = file.read(4), int.from_bytes(file.read(4), "little")
+        after = file.tell() + length + length % 2
+        _refuse_torn(CHUNK.fullmatch(name) is not None and after <= end + 1, file)
+        if name == b"LIST" and lists and file.read(4) == lists[0]:
+            _check_chunks(file, after, lists[1:])
+        file.seek(after)
 
 
 def _end_of_segment(file: BinaryIO, size: int) -> int:

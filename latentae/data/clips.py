@@ -1,8 +1,10 @@
 """Clips: video files, animations, arrays and folders of frames, as one list of items."""
 
+import copy
 import hashlib
 import os
 import posixpath
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -43,6 +45,12 @@ class ClipSource:
 
     def items(self) -> list[Item]:
         return list(self._items)
+
+    def only(self, items: Sequence[Item]) -> "ClipSource":
+        """Some of the clips as a source, to train on these and hold out the others."""
+        source = copy.copy(self)
+        source._items = list(items)
+        return source
 
     def open(self, item: Item, policy: DecodePolicy = DEFAULT_POLICY, info: VideoInfo | None = None) -> Video:
         """The clip of one item.

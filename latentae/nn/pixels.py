@@ -33,13 +33,13 @@ def pad_to_multiple(pixels: Tensor, multiple: int) -> Tensor:
     return images.reshape(*pixels.shape[:-2], height + pad_h, width + pad_w)
 
 
-def pad_frames(pixels: Tensor, multiple: int) -> Tensor:
-    """Repeat the last frame until there are one more than a multiple of ``multiple``: what causal encoders take.
+def pad_frames(pixels: Tensor, frames: int) -> Tensor:
+    """Repeat the last frame until there are ``frames``.
 
     Args:
         pixels: (..., T, H, W).
     """
-    missing = -(pixels.shape[-3] - 1) % multiple
+    missing = frames - pixels.shape[-3]
     if not missing:
         return pixels
     return torch.cat([pixels, pixels[..., -1:, :, :].repeat_interleave(missing, dim=-3)], dim=-3)

@@ -1,6 +1,6 @@
 """Clips in and out of stores: loading them for the encoder, writing what was decoded."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -41,10 +41,10 @@ def chosen_frames(
 @dataclass(frozen=True)
 class ClipLoader(Loader):
     """Reads a clip and prepares its pixels: the chosen frames, each cropped or padded as an image is, and the last one
-    repeated until there are one more than a multiple of ``temporal_multiple``."""
+    repeated until the model takes so many; ``padded_frames`` is the codec's."""
 
     source: Any  # a ClipSource
-    temporal_multiple: int
+    padded_frames: Callable[[int], int]
     choice: FrameChoice
 
     @property
@@ -90,7 +90,7 @@ class ClipLoader(Loader):
             sample.crop = ((height - side) // 2, (width - side) // 2, side, side)
         check_memory(len(numbers), *(self.size or height, self.size or width))
         frames = [self._prepared(frame) for frame in video.frames(numbers)]
-        sample.pixels = pad_frames(torch.stack(frames, dim=1), self.temporal_multiple)  # (3, T, H, W)
+        sample.pixels = pad_frames(torch.stack(frames, dim=1), self.padded_frames(len(frames)))  # (3, T, H, W)
 
     def _prepared(self, frame: np.ndarray) -> Tensor:
         """One frame as uint8 (3, H, W)."""
@@ -99,11 +99,7 @@ class ClipLoader(Loader):
         return pad_to_multiple(to_tensor(frame).float(), self.multiple).to(torch.uint8)
 
     def _padded(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
-        return (
-            frames + -(frames - 1) % self.temporal_multiple,
-            height + -height % self.multiple,
-            width + -width % self.multiple,
-        )
+        return self.padded_frames(frames), height + -height % self.multiple, width + -width % self.multiple
 
 
 class ClipWriter(FileWriter):

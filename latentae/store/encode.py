@@ -154,7 +154,7 @@ def encode_dataset(
     if clips is None:
         loader = Loader(source, options.size, codec.spatial_ratio, policy)
     else:
-        loader = ClipLoader(source, options.size, codec.spatial_ratio, policy, codec.temporal_ratio, clips)
+        loader = ClipLoader(source, options.size, codec.spatial_ratio, policy, codec.padded_frames, clips)
 
     begun = (store / "store.json").exists()
     planned = Plan.load(store / "plan.parquet") if begun else _plan(items, loader, shard_size, workers)

@@ -46,6 +46,14 @@ def test_what_counts_as_a_clip(folder):
     assert [item.key for item in ClipSource(folder / "e.gif").items()] == ["e.gif"]
 
 
+def test_some_clips_as_a_source(folder):
+    source = ClipSource(folder)
+    held_out = source.only(source.items()[3:])
+    assert [item.key for item in held_out.items()] == ["walk/c", "walk/d.npy"]
+    assert len(source.items()) == 5
+    assert ClipDataset(held_out, frames=3, size=SIZE, augment=False)[1]["key"] == "walk/d.npy"
+
+
 def test_hashes_name_the_content(folder):
     source = ClipSource(folder)
     before = {item.key: source.sha256(item) for item in source.items()}

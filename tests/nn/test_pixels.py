@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from latentae.nn.pixels import pad_to_multiple, to_float, to_uint8
+from latentae.nn.pixels import pad_frames, pad_to_multiple, to_float, to_uint8
 
 
 def test_every_byte_survives_the_round_trip_also_through_bf16():
@@ -33,3 +33,11 @@ def test_video_frames_are_padded_alike():
     padded = pad_to_multiple(video, 8)
     assert padded.shape == (1, 3, 4, 8, 8)
     assert torch.equal(padded[:, :, 2], pad_to_multiple(video[:, :, 2], 8))
+
+
+def test_the_last_frame_is_repeated():
+    clip = torch.randint(0, 256, (2, 3, 5, 4, 6), dtype=torch.uint8)
+    padded = pad_frames(clip, 9)
+    assert padded.dtype == torch.uint8
+    assert np.array_equal(padded, np.pad(clip.numpy(), ((0, 0), (0, 0), (0, 4), (0, 0), (0, 0)), mode="edge"))
+    assert torch.equal(pad_frames(clip, 5), clip)

@@ -12,7 +12,7 @@ from latentae.codec import LatentCodec
 from latentae.data.transforms import adm_center_crop
 from latentae.data.video import FrameChoice, open_video, write_video
 from latentae.errors import DataError, RequestError
-from latentae.nn.pixels import pad_frames, to_uint8
+from latentae.nn.pixels import to_uint8
 from latentae.store.decode import decode_store
 from latentae.store.encode import encode_dataset
 from latentae.store.reader import LatentStore
@@ -237,17 +237,19 @@ def test_a_model_that_drops_frames_is_refused(folder, tmp_path):
         reconstruct(folder / "walk", tmp_path / "out", half)
 
 
-def test_frames_are_padded_as_codecs_do(wan):
-    pixels = torch.randint(0, 256, (1, 3, 6, 4, 4), dtype=torch.uint8)
-    assert torch.equal(pad_frames(pixels, 4).float(), _codec_padding(pixels.float(), 4))
-    assert pad_frames(pixels[:, :, :5], 4).shape[2] == 5
-    assert pad_frames(pixels[:, :, :1], 4).shape[2] == 1
+def test_planes_of_long_clips_come_back_whole(tmp_path, clips):
+    """A clip of several windows: their number and overlap are the model's own affair."""
+    import latentae
 
-
-def _codec_padding(pixels, ratio):
-    import torch.nn.functional as F
-
-    return F.pad(pixels, (0, 0, 0, 0, 0, -(pixels.shape[2] - 1) % ratio), mode="replicate")
+    codec = LatentCodec(latentae.create("fourplane-tiny", seed=0))
+    frames = clips.frames(40, 32, 36)
+    write_video(tmp_path / "a.mkv", frames, 8)
+    encode_dataset(tmp_path / "a.mkv", tmp_path / "store", codec, size="native")
+    decode_store(tmp_path / "store", tmp_path / "out", codec, format="mkv")
+    written = open_video(tmp_path / "out/a.mkv").clip().astype(int)
+    expected = to_uint8(codec.reconstruct(torch.from_numpy(frames).permute(3, 0, 1, 2)[None]))[0]
+    assert written.shape == frames.shape
+    assert np.abs(written - expected.permute(1, 2, 3, 0).numpy()).max() <= 1
 
 
 def test_on_the_command_line(folder, tmp_path, wan, capsys):

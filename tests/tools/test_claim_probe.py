@@ -176,6 +176,7 @@ def test_the_claim_from_end_to_end_by_two_processes(tool, claims, tmp_path):
         for seed in codecs.SEEDS:
             make = codecs.deep_model(seed) if codec == codecs.DEEP else latentae.create("dc-ae-tiny", seed=seed)
             latentae.loading.export(make.eval(), codecs.folder_of(tmp_path, codec, seed))
+    (tmp_path / codecs.MODELS / f"{codecs.DEEP_FOLDER}.json").write_text('{"start": 1}')
     command = [sys.executable, tool("claims").__file__, "probe", "--quick", "--threads", "1", "--json"]
     files = [tmp_path / "probe.json", tmp_path / "again.json"]
     running = [subprocess.Popen([*command, str(file)], stdout=subprocess.PIPE, text=True) for file in files]
@@ -185,5 +186,6 @@ def test_the_claim_from_end_to_end_by_two_processes(tool, claims, tmp_path):
     assert outputs[0].splitlines()[-1].startswith("probe: EQ's samples are nearer")
     first, second = (json.loads(file.read_text())["probe"] for file in files)
     assert first["cells"] == second["cells"]
+    assert first["training_of_the_f16"] == {"start": 1}
     assert all(len(by_seed) == 3 for by_seed in first["cells"].values())
     assert (tmp_path / "probe.png").stat().st_size > 10_000

@@ -43,7 +43,7 @@ from torch import Tensor
 import latentae
 from claims.frame import paired_difference
 from claims.pictures import leaves_of
-from claims.probe_codecs import DEEP, EQ, MODELS, PLAIN, SCALE, SEEDS, WEIGHTS, folder_of, train_missing
+from claims.probe_codecs import DEEP, DEEP_FOLDER, EQ, MODELS, PLAIN, SCALE, SEEDS, WEIGHTS, folder_of, train_missing
 from latentae.bench.latent_space import LatentSpace, named
 from latentae.bench.probe import Prober, ProbeSettings
 from latentae.codec import LatentCodec
@@ -117,6 +117,7 @@ def run(tier: str, quick: bool, steps: int | None, figure: Path | None) -> dict[
             "held_out": [HELD_OUT_SEED, counts[1]],
             "seeds": SEEDS,
         },
+        "training_of_the_f16": json.loads((folder / f"{DEEP_FOLDER}.json").read_text()),
         "codecs": table,
         "comparisons": comparisons,
         "cells": {codec: {str(seed): one for seed, one in by_seed.items()} for codec, by_seed in cells.items()},
@@ -276,7 +277,7 @@ def learned_verdict(cells: dict[str, Any], name: str, suffix: str) -> dict[str, 
         wins += sum(mine < min(theirs) for mine, *theirs in zip(series(cells, codec, name), *trivial, strict=True))
     count = len(CODECS) * len(SEEDS)
     return {
-        "sentence": f"{name} are a shorter way than from white noise and Gaussian latents",
+        "sentence": f"{name} are nearer than decoded white noise and Gaussian latents",
         "found": f"{wins} of {count} cells",
         "shown": wins == count,
     }

@@ -16,6 +16,7 @@ from latentae.bench import latent_space
 from latentae.bench import probe as probe_module
 from latentae.bench.images import ImageSet
 from latentae.bench.latent_space import LatentSpace, named, split_images
+from latentae.bench.merging import merge_results
 from latentae.bench.probe import Prober, ProbeSettings, probe, summarise_runs
 from latentae.bench.probe_report import probe_header, probe_rows, samples_sheet, summarise_probes
 from latentae.bench.probing import probe_models
@@ -383,8 +384,11 @@ def test_a_benchmark_probes_too(leaves_folder, tmp_path, monkeypatch):
         (tmp_path / "few" / path.name).write_bytes(path.read_bytes())
     with pytest.raises(RequestError, match="A probe needs at least 32"):
         bench(tmp_path / "few", [Blocks()], **options)
-    plain = bench(leaves_folder, [Blocks()], **{**options, "probe": None})
+    plain = bench(leaves_folder, [("coarse", Blocks(16))], out=tmp_path / "plain", **{**options, "probe": None})
     assert plain["models"][0]["probe"] is None
+    assert "How easy the latents" not in (tmp_path / "plain" / "report.html").read_text()
+    merge_results([tmp_path / "out", tmp_path / "plain"], out=tmp_path / "both")
+    assert "How easy the latents are to model" in (tmp_path / "both" / "report.html").read_text()
 
 
 def test_the_command(leaves_folder, tmp_path, capsys):

@@ -256,7 +256,7 @@ def _encode(
     with (
         contextlib.closing(loaded),
         ThreadPoolExecutor(1, thread_name_prefix="latentae-publish") as publisher,
-        Progress("encode", inputs, done=inputs - to_do) as progress,
+        Progress("encode", inputs, "clips" if encoder.options.clips else "images", inputs - to_do) as progress,
     ):
         publishing: Future[None] | None = None
         for part in work:

@@ -50,6 +50,6 @@ def test_preset_table_is_what_the_code_says():
         facts = describe(name)
         row = next(line for line in README.splitlines() if line.startswith(f"| `{name}` |"))
         cells = [cell.strip() for cell in row.strip("|").split("|")]
-        assert cells[1] == f"f{facts['ratio']}c{facts['channels']}"
+        assert cells[1] == facts["latents"]
         assert cells[2] == f"{facts['encoder_millions']:.2f} + {facts['decoder_millions']:.2f}"
         assert cells[3] == facts["source"]

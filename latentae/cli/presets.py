@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         figures = [f"{r[f'{half}_millions']:.2f}" for half in ("encoder", "decoder")]
         figures += [three_figures(r[column]) for column in counted]
         figures.append(r.get("decode_steps") or "")
-        table.append([r["name"], f"f{r['ratio']}c{r['channels']}", *figures, r["source"], r["hub_id"] or ""])
+        table.append([r["name"], r["latents"], *figures, r["source"], r["hub_id"] or ""])
     titles = ["encoder M", "decoder M", *(column.replace("_gmac", " GMAC") for column in counted), "steps"]
     print(format_table(["preset", "latents", *titles, "source", "weights"], table))
     return 0
@@ -77,8 +77,7 @@ def _stable_diffusion() -> dict[str, Any]:
     return {
         "name": "for comparison: SD-VAE",
         "family": "AutoencoderKL",
-        "ratio": 8,
-        "channels": 4,
+        "latents": "f8c4",
         **{f"{half}_millions": round(parameters[half] / 1e6, 2) for half in ("encoder", "decoder")},
         **_count(autoencoder),
         "source": "Stable Diffusion (arXiv 2112.10752)",

@@ -86,6 +86,11 @@ class Autoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[mi
         """Channels of the latents that ``decode`` takes."""
         return self._internal_dict["latent_channels"]
 
+    @property
+    def compression(self) -> str:
+        """How much and to what, such as f8c4."""
+        return f"f{self.spatial_compression_ratio}c{self.latent_channels}"
+
     def latent_shape(self, pixel_shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the latents of pixels of shape (B, 3, H, W); sizes round up, as the codec pads them."""
         batch, _, height, width = pixel_shape

@@ -288,6 +288,16 @@ class PlaneGaussian:
         """The draw of standard normal noise in the shape of ``mean``, as a volume."""
         return self._volume(self.mean + self.std * noise)
 
+    @property
+    def moments(self) -> Tensor:
+        """Means and log variances as volumes, one after the other: (B, 2·(K + 2)·C, T', H', W')."""
+        return torch.cat([self._volume(self.mean), self._volume(self.logvar)], dim=1)
+
+    @classmethod
+    def of_moments(cls, moments: Tensor, layout: PlaneLayout) -> "PlaneGaussian":
+        """The posterior of a clip of one window, from its `moments`."""
+        return cls(torch.cat([layout.unpack(half, "volume") for half in moments.chunk(2, dim=1)], dim=2), layout)
+
     def _volume(self, tokens: Tensor) -> Tensor:
         windows = tokens.split(self.layout.num_tokens, dim=1)
         volume = torch.cat([self.layout.pack(window, "volume") for window in windows], dim=2)
@@ -405,6 +415,13 @@ class FourPlane(Autoencoder):
         """Channels of the volume that ``decode`` takes: those of all planes."""
         planes = self._internal_dict["spatial_planes"]
         return self._internal_dict["plane_channels"] * (planes + 2 if planes else 1)
+
+    @property
+    def compression(self) -> str:
+        """Such as t4f8, 4 planes of c8."""
+        config = self._internal_dict
+        planes = f", {config['spatial_planes'] + 2} planes of " if config["spatial_planes"] else ""
+        return f"t{self.temporal_compression_ratio}f{self.spatial_compression_ratio}{planes}c{config['plane_channels']}"
 
     def layout(self, pixel_shape: tuple[int, ...]) -> PlaneLayout:
         """Of the planes of pixels (B, 3, T, H, W) or (B, 3, H, W), no longer than a window; sizes round up."""
@@ -557,16 +574,19 @@ class FourPlane(Autoencoder):
             return self.decoder(features)
         return self._decode_blended(self.decoder, features)
 
-    def encode_frames(self, frames: Tensor) -> Tensor:
-        """The spatial plane of each frame by itself, as ``endpoints`` has those of the first and the last.
+    @apply_forward_hook
+    def encode_frames(self, frames: Tensor, plane: str = "xy1") -> Tensor:
+        """A spatial plane of each frame by itself, as ``endpoints`` has xy1 of the first frame and xy2 of the last.
 
         Args:
             frames: (B, 3, H, W) in [-1, 1].
+            plane: whose head, ``xy1`` or ``xy2``.
 
         Returns:
-            Means of its plane, (B, C, h, w): of xy1. `FourPlane.encode` of an image gives the same.
+            Means of the plane, (B, C, h, w); of xy1 `FourPlane.encode` of an image gives the same.
         """
-        return self.encoder.heads["xy1"](self._features(frames.unsqueeze(2))[:, :, 0]).chunk(2, dim=1)[0]
+        features = self._features(frames.unsqueeze(2))[:, :, 0]
+        return self.encoder.heads[plane](features).chunk(2, dim=1)[0]
 
 
 def inflate(video: FourPlane, image: Any) -> list[str]:

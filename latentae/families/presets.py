@@ -235,6 +235,7 @@ _PRESETS = [
     Preset("triplane-t4f8c8", "FourPlane", dict(spatial_planes=1), "ours, the baseline of four planes"),
     Preset("volume-t4f8c4", "FourPlane", dict(spatial_planes=0, plane_channels=4), "ours, the control of four planes"),
     Preset("fourplane-tiny", "FourPlane", FOURPLANE_TINY, "ours, for tests"),
+    Preset("fourplane-endpoints-tiny", "FourPlane", {**FOURPLANE_TINY, "time_weights": "endpoints"}, "ours, for tests"),
 ]
 PRESETS = {preset.name: preset for preset in _PRESETS}
 
@@ -290,8 +291,7 @@ def describe(name: str) -> dict[str, Any]:
     return {
         "name": name,
         "family": preset.family,
-        "ratio": autoencoder.spatial_compression_ratio,
-        "channels": autoencoder.latent_channels,
+        "latents": autoencoder.compression,
         "encoder_millions": round(millions["encoder"], 2),
         "decoder_millions": round(millions["decoder"], 2),
         "decode_steps": autoencoder.config["num_inference_steps"] if autoencoder.samples else None,

@@ -61,15 +61,18 @@ class ContainerVideo(Video):
             height, width = _turned(first, self._pixels(first)).shape[:2]
         with self._opened() as (container, stream):
             rate = Fraction(stream.average_rate) if stream.average_rate else None
-            packets = [packet for packet in container.demux(stream) if packet.size]
+            # without their bytes, which are the whole file
+            packets = [(p.pts, p.duration or 0, p.is_discard) for p in container.demux(stream) if p.size]
             tick, stated = stream.time_base, _stated_seconds(stream)
             by_order = container.format.name == "avi" or stream.codec_context.name in DECODED_FOR_TIMES
-        shown = [packet for packet in packets if not packet.is_discard]
-        times = [packet.pts for packet in shown]
+        times = [pts for pts, _, discarded in packets if not discarded]
+        if not times:
+            raise BadVideo("no-frames", "none of its frames is to be shown.")
         if by_order or None in times or len(set(times)) < len(times):
             return self._probe_by_decoding(height, width, rate, len(packets))
         info = VideoInfo(height, width, tuple(sorted(times)), tick, rate)
-        seconds = (max(packet.pts + (packet.duration or 0) for packet in shown) - info.pts[0]) * tick
+        end = max(pts + duration for pts, duration, discarded in packets if not discarded)
+        seconds = (end - info.pts[0]) * tick
         if seconds + 2 / info.fps + SLACK < stated:
             raise BadVideo("truncated", f"it states {stated:.3f} s and has frames for {float(seconds):.3f} s.")
         return info

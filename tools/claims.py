@@ -10,7 +10,7 @@ claims: dcae (residual shortcuts make high ratios trainable), dcae-speed (what a
 model: time, memory and arithmetic, nothing is trained), litevae (wavelets save the encoder's cost), eqvae (fine-tuning
 makes latents equivariant; keeps its models beside the figure), probe (whether a small diffusion model finds them
 easier; keeps what is done, and shares the rest with other processes), diffusion-decoder (a decoder that samples
-restores detail)
+restores detail), fourplane (planes of latents keep a clip and save tokens; keeps what is done, as probe does)
 """
 
 import argparse
@@ -28,7 +28,7 @@ from latentae.errors import LatentAEError
 from latentae.files import write_json
 from latentae.version import __version__
 
-CLAIMS = ("dcae", "dcae-speed", "litevae", "eqvae", "probe", "diffusion-decoder")
+CLAIMS = ("dcae", "dcae-speed", "litevae", "eqvae", "probe", "diffusion-decoder", "fourplane")
 
 
 def summary(name: str, result: dict) -> str:
@@ -46,9 +46,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="a smoke test in seconds; its figures mean nothing")
     parser.add_argument("--steps", type=int, metavar="N", help="of a reported run (default: the claim's own)")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: 2)")
+    parser.add_argument("--clips", metavar="FOLDER", help="real clips that fourplane is tested on as well")
     parser.add_argument("--json", metavar="FILE", help="write everything measured; the curves go beside it as a PNG")
     parser.add_argument("--figure", metavar="FILE", help="where the PNG goes instead")
     args = parser.parse_args(arguments)
+    if args.clips and args.name != "fourplane":
+        parser.error("--clips is for the claim fourplane")
     torch.set_num_threads(args.threads)
     figure = args.figure or (args.json and Path(args.json).with_suffix(".png"))
     for file in filter(None, [args.json, figure]):
@@ -56,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     try:
         claim = importlib.import_module(f"claims.{args.name.replace('-', '_')}")
-        result = claim.run(args.tier, args.quick, args.steps, Path(figure) if figure else None)
+        further = {"clips": Path(args.clips)} if args.clips else {}
+        result = claim.run(args.tier, args.quick, args.steps, Path(figure) if figure else None, **further)
     except LatentAEError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

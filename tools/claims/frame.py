@@ -252,6 +252,16 @@ def draw_curves(
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
+    plot_curves(axes, outcomes, metric, label, references)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def plot_curves(
+    axes: Any, outcomes: Sequence[Outcome], metric: str, label: str, references: Mapping[str, float]
+) -> None:
+    """The curves on two axes of a figure."""
     for number, outcome in enumerate(outcomes):
         runs = [run for run in outcome.runs if not run.diverged]
         if not runs:
@@ -269,6 +279,3 @@ def draw_curves(
         axis.grid(alpha=0.3)
     axes[0].set_ylabel(label)
     axes[1].legend(fontsize=8, loc="lower right")
-    figure.suptitle(title)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)

@@ -47,6 +47,16 @@ def grid(pixels: torch.Tensor) -> np.ndarray:
     return _tiles(torch.cat([pixels, white]).unflatten(0, (rows, columns)))
 
 
+def film(pixels: torch.Tensor, frames: int = 8) -> np.ndarray:
+    """One row per clip: so many of its frames, evenly from the first to the last, uint8 (rows, columns, 3).
+
+    Args:
+        pixels: (B, 3, T, H, W), uint8 or float in [-1, 1].
+    """
+    shown = torch.linspace(0, pixels.shape[2] - 1, min(frames, pixels.shape[2])).round().long()
+    return _tiles(_to_uint8(pixels)[:, :, shown].transpose(1, 2))
+
+
 def _tiles(images: torch.Tensor) -> np.ndarray:
     """Images (rows, columns, 3, H, W) as one picture with white gaps."""
     padded = F.pad(images, (0, GAP, 0, GAP), value=255).permute(0, 3, 1, 4, 2)  # (rows, H + gap, columns, W + gap, 3)

@@ -139,6 +139,9 @@ class PlaneTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
             nn.init.zeros_(layer.weight)
 
 
+PlaneTransformer.__module__ = "latentae"  # what saved pipelines call its library, wherever this file is
+
+
 def rotation_of(positions: Tensor, head_dim: int) -> Tensor:
     """Cosines and sines of the angles of positions (N, 3): (2, N, d), a third of the pairs for each axis.
 

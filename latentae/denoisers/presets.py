@@ -71,7 +71,7 @@ def denoiser_presets() -> list[str]:
 
 
 def create_denoiser(
-    description: dict[str, Any], latent_shape: tuple[int, int, int] | PlaneLayout, num_classes: int = 1, seed: int = 0
+    description: dict[str, Any], latent_shape: tuple[int, ...] | PlaneLayout, num_classes: int = 1, seed: int = 0
 ) -> Denoiser:
     """A denoiser with random weights.
 
@@ -105,10 +105,9 @@ def create_denoiser(
     for key in arguments:
         if key not in known:
             raise RequestError(f"{kind} has no argument {key!r} of its own; {_nearest(key, known)}")
-    shape: tuple[int, ...]
     if isinstance(latent_shape, PlaneLayout):
         layout = latent_shape
-        shape = (layout.num_tokens, layout.channels)
+        shape: tuple[int, ...] = (layout.num_tokens, layout.channels)
         config = {**arguments, "layout": [layout.t, layout.h, layout.w, layout.planes, layout.channels]}
     else:
         shape = latent_shape

@@ -17,6 +17,7 @@ from torch import Tensor
 from latentae.denoisers import Denoiser, build_denoiser
 from latentae.errors import MissingWeights, RequestError
 from latentae.loading.opening import DIFFUSION_KEY, LAST_CHECKPOINT
+from latentae.nn.planes import PlaneLayout
 from latentae.weights import open_state_dict
 
 FORMAT = 1
@@ -28,9 +29,10 @@ class LatentDiffusion:
 
     Args:
         denoiser: in eval mode, of normalised latents ``(z - mean) / std`` with raw ``z``.
-        mean, std: of each latent channel, float32 (C,).
+        mean, std: of each latent channel, float32 (C,); of planes of each channel of their volume, ((K + 2)·C,).
         autoencoder: what `latentae.load` opens, if it was known in training; its weights' hash beside it.
         labels: names of the classes, where they have any.
+        given: which spatial planes it has seen given in training: ``first``, ``both``, or none of these.
     """
 
     denoiser: Denoiser
@@ -39,25 +41,46 @@ class LatentDiffusion:
     autoencoder: str | None = None
     autoencoder_sha256: str | None = None
     labels: dict[int, str] | None = None
+    given: tuple[str, ...] = ()
+
+    @property
+    def layout(self) -> PlaneLayout | None:
+        """Of the planes of one clip; None where latents are not planes."""
+        return getattr(self.denoiser.transformer, "layout", None)
 
     def normalise(self, latents: Tensor) -> Tensor:
-        """Raw latents (B, C, h, w) to what the denoiser sees."""
-        return (latents - self._of(self.mean, latents)) / self._of(self.std, latents)
+        """Raw latents to what the denoiser sees: (B, C, h, w) to the same, volumes of planes to tokens (B, N, C)."""
+        if self.layout is not None:
+            latents = self.layout.unpack(latents, "volume")
+        mean, std = self._statistics(latents)
+        return (latents - mean) / std
 
     def denormalise(self, latents: Tensor) -> Tensor:
-        """What the denoiser sees, or `sample` gives, (B, C, h, w), to raw latents."""
-        return latents * self._of(self.std, latents) + self._of(self.mean, latents)
+        """What the denoiser sees, or `sample` gives, to raw latents, as the autoencoder decodes them."""
+        mean, std = self._statistics(latents)
+        raw = latents * std + mean
+        return raw if self.layout is None else self.layout.pack(raw, "volume")
 
-    @staticmethod
-    def _of(values: Tensor, latents: Tensor) -> Tensor:
-        return values.to(latents).view(-1, 1, 1)
+    def _statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation in a shape that goes with what the denoiser sees."""
+        mean, std = self.mean.to(latents), self.std.to(latents)
+        if self.layout is None:
+            return mean.view(-1, 1, 1), std.view(-1, 1, 1)
+        return self.layout.of_tokens(mean), self.layout.of_tokens(std)  # (N, C)
 
     def describe(self) -> dict[str, Any]:
         """What it is, as plain JSON values."""
-        channels, height, width = self.denoiser.latent_shape
+        layout = self.layout
+        latents = " x ".join(map(str, self.denoiser.latent_shape))
+        if layout is not None:
+            latents = (
+                f"{layout.num_tokens} tokens of {layout.channels} channels, planes of {layout.t} x {layout.h} x "
+                f"{layout.w} with {layout.planes} spatial"
+            )
         return {
             "class": type(self.denoiser.transformer).__name__,
-            "latents": f"{channels} x {height} x {width}",
+            "latents": latents,
+            **({"given planes": ", ".join(self.given) or "none"} if layout else {}),
             "classes": self.denoiser.num_classes if self.denoiser.num_classes > 1 else "none: unconditional",
             "parameters": sum(parameter.numel() for parameter in self.denoiser.parameters()),
             "latents_mean": [round(value, 4) for value in self.mean.tolist()],
@@ -76,6 +99,7 @@ def describe_diffusion(diffusion: LatentDiffusion) -> dict[str, Any]:
         "autoencoder": diffusion.autoencoder,
         "autoencoder_weights_sha256": diffusion.autoencoder_sha256,
         "labels": diffusion.labels,
+        "given": list(diffusion.given),
     }
 
 
@@ -128,6 +152,7 @@ def load_diffusion(path: str | Path) -> LatentDiffusion:
         autoencoder=about["autoencoder"],
         autoencoder_sha256=about["autoencoder_weights_sha256"],
         labels=about["labels"],
+        given=tuple(about.get("given", ())),
     )
 
 

@@ -180,7 +180,7 @@ class BatchEncoder:
         images = torch.stack([sample.pixels for sample in samples if sample.pixels is not None])
         posterior = raw_posterior(self.codec, to_float(images.to(self.codec.device)))
         if self.options.kind == "moments":
-            latents = torch.cat([posterior.mean, posterior.logvar], dim=1)
+            latents = moments_of(posterior)
         elif self.options.kind == "sample":
             latents = posterior.sample([key_generator(self.options.seed, sample.item.key) for sample in samples])
         else:
@@ -216,6 +216,13 @@ def key_generator(seed: int, key: str, purpose: str = "") -> torch.Generator:
 def raw_posterior(codec: LatentCodec, pixels: Tensor) -> Any:
     """The codec's posterior of images (B, 3, H, W), for a video autoencoder videos of one frame, or (B, 3, T, H, W)."""
     return codec.posterior(pixels.unsqueeze(2) if codec.is_video and pixels.ndim == 4 else pixels)
+
+
+def moments_of(posterior: Any) -> Tensor:
+    """Means and log variances, one after the other along the channels; of planes as volumes."""
+    if hasattr(posterior, "moments"):
+        return posterior.moments
+    return torch.cat([posterior.mean, posterior.logvar], dim=1)
 
 
 def check_max_bad(max_bad: float) -> None:

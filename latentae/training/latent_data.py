@@ -1,6 +1,7 @@
-"""The latents of a run, from a store or from images that are encoded on the fly: the same samples in the same order.
+"""The latents of a run, from a store or from images or clips that are encoded on the fly, in an order that is the same.
 
-Images are cropped at their centre, as encoding into a store does, so that both ways train on the same latents.
+Images are cropped at their centre, as encoding into a store does, so that both ways train on the same latents. So are
+clips, but in training they begin at a frame that is drawn, where a store has the first ones.
 """
 
 from pathlib import Path
@@ -9,8 +10,11 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
+from latentae.data.clip_dataset import ClipDataset
+from latentae.data.clips import ClipSource, open_inputs
 from latentae.data.images import ImageDataset, epoch_order
-from latentae.data.sources import Source, open_source
+from latentae.data.sources import Item, Source
+from latentae.data.transforms import adm_center_crop
 from latentae.errors import DataError, RequestError
 from latentae.store.reader import LatentStore
 from latentae.training.datamodule import SAMPLES, ImageData, SamplePhotos, hold_out, split
@@ -42,7 +46,36 @@ class CentreCrops(ImageDataset):
 
     @property
     def labelled(self) -> Labelled:
-        return [(item.key, -1 if item.label is None else item.label) for item in self.items]
+        return labelled(self.items)
+
+
+class CentreClips(ClipDataset):
+    """Clips cropped at their centre; in training in the random order of each epoch, each from a frame on that is drawn
+    anew, and perhaps mirrored; in validation from their first frame.
+
+    Args:
+        items: those of the source that are taken.
+        seed: of the order, the first frames and which clips are mirrored; None for validation.
+        flip: mirror half of the samples, in training.
+        options: of `ClipDataset`.
+    """
+
+    def __init__(self, source: ClipSource, items: list[Item], *, seed: int | None, flip: bool = False, **options: Any):
+        super().__init__(source, seed=seed or 0, augment=seed is not None, **options)
+        self.items, self.flip = items, flip
+
+    def _crop(self, frame: np.ndarray, seed: tuple[int, int, int]) -> np.ndarray:
+        crop = adm_center_crop(frame, self.size)
+        return crop[:, ::-1] if self.flip and np.random.default_rng((*seed, 1)).random() < 0.5 else crop
+
+    @property
+    def labelled(self) -> Labelled:
+        return labelled(self.items)
+
+
+def labelled(items: list[Item]) -> Labelled:
+    """Keys and labels of a source's items."""
+    return [(item.key, -1 if item.label is None else item.label) for item in items]
 
 
 class StoredLatents(Dataset[dict[str, Any]]):
@@ -61,7 +94,7 @@ class StoredLatents(Dataset[dict[str, Any]]):
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         """The sample at a position: its ``key``, its ``label``, -1 without one, and its ``moments``, float32
-        (2C, h, w), or ``latents``, (C, h, w).
+        (2C, h, w), or ``latents``, (C, h, w); of clips (2C, t, h, w) and (C, t, h, w).
 
         Raises:
             DataError: they are not finite.
@@ -81,18 +114,21 @@ class StoredLatents(Dataset[dict[str, Any]]):
 
 
 class LatentData(ImageData):
-    """A store of latents, or images that the codec of the run encodes on the fly; held-out ones to validate on.
+    """A store of latents, or images or clips that the codec of the run encodes on the fly; some are held out.
 
     Batches are dicts with the ``label`` and the ``key`` of each sample, and its ``latents``, its ``moments`` or its
     ``pixels``. Training is one endless stream: its length is ``trainer.max_steps``.
 
     Args:
         path: a store that ``latentae encode`` wrote, or images as for every ``fit``; ``samples`` for the few photos
-            that dependencies bring along.
-        size: side of the centre crops of images; a store has its own.
+            that dependencies bring along; with ``frames`` a folder of clips.
+        size: side of the centre crops of images and clips; a store has its own.
+        frames: of each clip; None for images. A store has its own.
+        fps: of clips; None for their own rates.
+        clip_cache: folder that remembers the times of the clips' frames from run to run.
         batch_size: samples per batch on each device.
         workers: processes that read; they change nothing but the speed.
-        flip: mirror half of the images in training; latents of a store stay as they are.
+        flip: mirror half of the images or clips in training; latents of a store stay as they are.
         val_path: held-out latents or images, as ``path``; by default a part of ``path`` is held out.
         val_fraction: that part, chosen by a hash of each key, at least one sample; 0 for no validation.
         val_images: at most so many held-out samples; None for all.
@@ -111,6 +147,9 @@ class LatentData(ImageData):
         batch_size: int = 16,
         workers: int = 4,
         flip: bool = False,
+        frames: int | None = None,
+        fps: float | None = None,
+        clip_cache: str | None = None,
         val_path: str | None = None,
         val_fraction: float = 0.02,
         val_images: int | None = 256,
@@ -129,6 +168,7 @@ class LatentData(ImageData):
             seed=seed,
         )
         self.flip = flip
+        self.frames, self.fps, self.clip_cache = frames, fps, clip_cache
 
     def setup(self, stage: str) -> None:
         """Find the samples; those to train on also in validation, since they say how many classes there are."""
@@ -150,16 +190,35 @@ class LatentData(ImageData):
                 StoredLatents(store, part, [(keys[i], labels[i]) for i in part], seed=seed)
                 for part, seed in ((trained, self.seed), (held_out, None))
             )
+        if self.frames is not None:
+            return self._open_clips(ClipSource(path), fraction)
         if path == SAMPLES:
             sources: tuple[Source, Source] = (SamplePhotos("train"), SamplePhotos("held_out"))
         else:
-            source = open_source(path)
+            source = open_inputs(path, clips=False)
+            if isinstance(source, ClipSource):
+                raise RequestError(f"{path} holds clips: say how many frames to take of each with --data.frames.")
             sources = hold_out(source, fraction) if fraction < 1 else (source, source)
         options: dict[str, Any] = {"size": self.size, "max_bad": self.max_bad}
         trained_on, held_out_of = sources
         return (
             CentreCrops(trained_on, seed=self.seed, flip=self.flip, **options),
             CentreCrops(held_out_of, seed=None, **options) if held_out_of.items() else [],
+        )
+
+    def _open_clips(self, source: ClipSource, fraction: float) -> tuple[Any, Any]:
+        items = source.items()
+        trained, held_out = split([item.key for item in items], fraction) if fraction < 1 else ([], range(len(items)))
+        options: dict[str, Any] = {
+            "frames": self.frames,
+            "size": self.size,
+            "fps": self.fps,
+            "cache": self.clip_cache,
+            "max_bad": self.max_bad,
+        }
+        return (
+            CentreClips(source, [items[i] for i in trained], seed=self.seed, flip=self.flip, **options),
+            CentreClips(source, [items[i] for i in held_out], seed=None, **options),
         )
 
     @property

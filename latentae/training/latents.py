@@ -16,8 +16,14 @@ def draw_latents(posterior: Any, rank: int = 0, world_size: int = 1) -> Tensor:
     if not hasattr(posterior, "std"):
         return mean
     noise = torch.randn(world_size * len(mean), *posterior.std.shape[1:], device=mean.device, dtype=mean.dtype)
-    noise = noise.chunk(world_size)[rank]
-    return posterior.at(noise) if hasattr(posterior, "at") else mean + posterior.std * noise  # at: of planes
+    return latents_at(posterior, noise.chunk(world_size)[rank])
+
+
+def latents_at(posterior: Any, noise: Tensor) -> Tensor:
+    """The draw of standard normal noise: in the shape of the latents, or of the tokens of planes."""
+    if hasattr(posterior, "at"):  # of planes
+        return posterior.at(noise)
+    return posterior.mode() + posterior.std * noise if hasattr(posterior, "std") else posterior.mode()
 
 
 def compile_networks(*networks: nn.Module) -> None:

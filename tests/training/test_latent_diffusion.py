@@ -326,7 +326,9 @@ def test_dropped_labels_are_the_null_label_in_the_asked_share(runs, stores, tmp_
     module = make_module(label_dropping=0.25)
     monkeypatch.setattr(
         "latentae.training.diffusion.velocity_errors",
-        lambda denoiser, clean, t, noise, labels: seen.append(labels) or denoiser.transformer.proj_out_2.bias.sum() * t,
+        lambda denoiser, clean, t, noise, labels, given: (
+            seen.append(labels) or denoiser.transformer.proj_out_2.bias.sum() * t
+        ),
     )
     runs.fit(module, make_data(stores / "mode", batch_size=100), tmp_path, 8)
     labels = torch.cat(seen)

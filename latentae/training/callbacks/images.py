@@ -10,7 +10,7 @@ from PIL import Image
 from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 
-from latentae.data.visual import grid, panel
+from latentae.data.visual import film, grid, panel
 from latentae.errors import RequestError
 
 FOLDER = "samples"
@@ -58,7 +58,7 @@ class SampleImages(pl.Callback):
     """At every validation, draws and decodes samples of a latent diffusion from the same noise, with averaged weights.
 
     The picture is ``samples/step-00001000.png`` in the run folder and ``samples`` in TensorBoard and Weights & Biases;
-    there is none without ``model.codec``.
+    of clips it has a row of frames of each. There is none without ``model.codec``.
 
     Args:
         count: samples, over all classes evenly; 0 draws none.
@@ -76,7 +76,8 @@ class SampleImages(pl.Callback):
             return
         images = pl_module.draw_images(self.count, self.steps, self.guidance_scale)
         if images is not None:
-            save_picture(grid(images), "samples", "", trainer)
+            picture = grid(images) if images.ndim == 4 else film(images)
+            save_picture(picture, "samples", "", trainer)
 
 
 def save_picture(picture: np.ndarray, name: str, suffix: str, trainer: pl.Trainer) -> None:

@@ -43,3 +43,8 @@ def pad_frames(pixels: Tensor, frames: int) -> Tensor:
     if not missing:
         return pixels
     return torch.cat([pixels, pixels[..., -1:, :, :].repeat_interleave(missing, dim=-3)], dim=-3)
+
+
+def frames_of(clips: Tensor) -> Tensor:
+    """The frames of clips (B, C, T, H, W) as images, clip by clip: (B * T, C, H, W)."""
+    return clips.transpose(1, 2).flatten(0, 1)

@@ -1,14 +1,18 @@
-"""The Fréchet video distance with a random TorchScript network of the published file's interface."""
+"""Figures of clips by hand, and the Fréchet video distance with a random TorchScript network of the published file's
+interface."""
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor, nn
 
 from latentae.errors import MissingWeights, RequestError
 from latentae.files import sha256_file
-from latentae.metrics.video import FrechetVideoDistance
+from latentae.metrics.image import psnr, ssim
+from latentae.metrics.video import FrechetVideoDistance, difference_psnr, flicker, over_frames
 from latentae.weights import WEIGHT_FILES
 
 
@@ -117,3 +121,60 @@ def test_no_torchscript_is_refused(tmp_path):
     (tmp_path / "file.pt").write_bytes(b"no archive")
     with pytest.raises(RequestError, match=r"file\.pt is no TorchScript file"):
         FrechetVideoDistance(tmp_path / "file.pt")
+
+
+def test_figures_of_images_are_means_over_the_frames_of_each_clip():
+    original, made = videos(3, frames=4), videos(3, frames=4, noise=20)
+    psnrs, ssims = over_frames(psnr, made, original), over_frames(ssim, made, original)
+    for clip in range(3):
+        pairs = [
+            (original[clip, :, t].permute(1, 2, 0).numpy(), made[clip, :, t].permute(1, 2, 0).numpy()) for t in range(4)
+        ]
+        expected = np.mean([peak_signal_noise_ratio(a, b) for a, b in pairs])
+        assert psnrs[clip].item() == pytest.approx(expected, abs=1e-5)
+        options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "channel_axis": 2}
+        expected = np.mean([structural_similarity(a, b, **options) for a, b in pairs])
+        assert ssims[clip].item() == pytest.approx(expected, abs=2e-3)  # which has a border of its own
+
+
+def test_frames_without_error_stay_out_of_the_psnr_of_their_clip():
+    original, made = videos(2, frames=3), videos(2, frames=3, noise=20)
+    made[0, :, 1] = original[0, :, 1]
+    made[1] = original[1]
+    values = over_frames(psnr, made, original)
+    expected = psnr(made[0, :, [0, 2]].transpose(0, 1), original[0, :, [0, 2]].transpose(0, 1)).mean()
+    assert values[0].item() == pytest.approx(expected.item())
+    assert values[1] == float("inf")
+
+
+def test_differences_and_flicker_by_hand():
+    original, made = videos(2, frames=5), videos(2, frames=5, noise=20)
+    a, b = (x.numpy().astype(np.float64) for x in (original, made))
+    for clip in range(2):
+        error = np.diff(b[clip], axis=1) - np.diff(a[clip], axis=1)
+        expected = 20 * np.log10(255) - 10 * np.log10(np.mean(error**2))
+        assert difference_psnr(made, original)[clip].item() == pytest.approx(expected, rel=1e-9)
+        means = [b[clip, :, t].mean() - a[clip, :, t].mean() for t in range(5)]
+        assert flicker(made, original)[clip].item() == pytest.approx(np.std(means), rel=1e-6)
+
+
+def test_a_constant_error_neither_moves_nor_flickers_and_an_alternating_one_does():
+    original = torch.full((1, 3, 4, 12, 12), 100, dtype=torch.uint8)
+    brighter = original + 10
+    assert difference_psnr(brighter, original).item() == float("inf")
+    assert flicker(brighter, original).item() == 0
+    alternating = original.clone()
+    alternating[:, :, ::2] += 6
+    assert flicker(alternating, original).item() == pytest.approx(3.0)
+    assert difference_psnr(alternating, original).item() == pytest.approx(20 * np.log10(255 / 6))
+
+
+def test_figures_of_clips_refuse_anything_else():
+    clip = torch.zeros(1, 3, 1, 12, 12, dtype=torch.uint8)
+    for measure in (difference_psnr, flicker):
+        with pytest.raises(RequestError, match="at least 2 frames"):
+            measure(clip, clip)
+    with pytest.raises(RequestError, match=r"torch\.float32 of shape"):
+        over_frames(psnr, clip.float(), clip)
+    with pytest.raises(RequestError, match="two uint8 batches"):
+        flicker(clip[:, :, 0], clip[:, :, 0])

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from latentae.bench.run import bench
     from latentae.codec import LatentCodec
     from latentae.denoisers.denoiser import ClassEmbedder
+    from latentae.denoisers.planes import PlaneTransformer
     from latentae.families.base import Autoencoder
     from latentae.families.dcae import DCAE
     from latentae.families.dito import DiTo
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from latentae.families.swycc import SWYCC
     from latentae.loading import load
     from latentae.pipelines.flow import ClassConditionalFlowPipeline
+    from latentae.pipelines.planes import PlaneFlowPipeline
     from latentae.store.encode import encode_dataset
     from latentae.store.reader import LatentStore
 
@@ -37,6 +39,8 @@ _HOME = {
     "LatentStore": "latentae.store.reader",
     "LiteVAE": "latentae.families.litevae",
     "ModelMixin": "diffusers",
+    "PlaneFlowPipeline": "latentae.pipelines.planes",
+    "PlaneTransformer": "latentae.denoisers.planes",
     "SWYCC": "latentae.families.swycc",
     "bench": "latentae.bench.run",
     "create": "latentae.families.presets",
@@ -56,6 +60,8 @@ __all__ = [
     "LatentCodec",
     "LatentStore",
     "LiteVAE",
+    "PlaneFlowPipeline",
+    "PlaneTransformer",
     "__version__",
     "bench",
     "create",

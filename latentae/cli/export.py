@@ -12,8 +12,9 @@ mean square), with shift_factor or latents_mean and latents_std where the model'
 scale.
 
 A run that trained a denoiser becomes the folder of a pipeline, with the autoencoder of its latents as the vae:
-latentae.ClassConditionalFlowPipeline, or by --pipeline dit stock diffusers' DiTPipeline, where that can hold it (a DiT,
-at most 1000 classes, latents that were normalised by one scale).
+latentae.ClassConditionalFlowPipeline for images, latentae.PlaneFlowPipeline for clips from planes, or by --pipeline dit
+stock diffusers' DiTPipeline, where that can hold it (a DiT, at most 1000 classes, latents that were normalised by one
+scale).
 
   latentae export runs/my-run exported/ --data photos/
   latentae export runs/my-diffusion pipeline/

@@ -2,5 +2,6 @@
 
 from latentae.pipelines.export import dit_pipeline, export_pipeline, flow_pipeline
 from latentae.pipelines.flow import ClassConditionalFlowPipeline
+from latentae.pipelines.planes import PlaneFlowPipeline
 
-__all__ = ["ClassConditionalFlowPipeline", "dit_pipeline", "export_pipeline", "flow_pipeline"]
+__all__ = ["ClassConditionalFlowPipeline", "PlaneFlowPipeline", "dit_pipeline", "export_pipeline", "flow_pipeline"]

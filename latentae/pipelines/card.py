@@ -41,7 +41,7 @@ def write_pipeline_card(
     path = folder / "README.md"
     if path.is_file() and MARK not in path.read_text(encoding="utf-8"):
         return
-    about, classes = diffusion.describe(), diffusion.denoiser.num_classes
+    about = diffusion.describe()
     rows = {
         "classes": about["classes"],
         "latents": about["latents"],
@@ -57,7 +57,7 @@ def write_pipeline_card(
             transformer=about["class"],
             rows="\n".join(f"| {key} | {value} |" for key, value in rows.items()),
             opening=_opening(opens_as, needs_latentae),
-            call=_call(opens_as, classes),
+            call=_call(opens_as, diffusion),
             note=_note(opens_as),
             version=__version__,
         ),
@@ -74,11 +74,20 @@ def _opening(opens_as: str, needs_latentae: bool) -> str:
     return f'import latentae\npipe = latentae.{opens_as}.from_pretrained("FOLDER")'
 
 
-def _call(opens_as: str, classes: int) -> str:
+def _call(opens_as: str, diffusion: LatentDiffusion) -> str:
+    classes = diffusion.denoiser.num_classes
     if opens_as == "DiTPipeline":
         guidance = "guidance_scale=1.0" if classes == 1 else "guidance_scale=4.0"
         return f"image = pipe(class_labels=[0], {guidance}, num_inference_steps=50).images[0]"
-    return "image = pipe(" + ("" if classes == 1 else "class_labels=0, guidance_scale=4.0") + ").images[0]"
+    of_class = "" if classes == 1 else "class_labels=0, guidance_scale=4.0"
+    if diffusion.layout is None:
+        return f"image = pipe({of_class}).images[0]"
+    calls = [f"frames = pipe({of_class}).frames[0]  # a clip, as a list of PIL images"]
+    if "first" in diffusion.given:
+        calls.append("frames = pipe(image=frames[0]).frames[0]  # what follows on a first frame")
+    if "both" in diffusion.given:
+        calls.append("frames = pipe(image=frames[0], last_image=frames[-1]).frames[0]  # what lies between")
+    return "\n".join(calls)
 
 
 def _note(opens_as: str) -> str:

@@ -25,18 +25,29 @@ from latentae.loading.export import STOCK_CLASS, full_disks
 from latentae.nn.padding import padding_mode
 from latentae.pipelines.card import write_pipeline_card
 from latentae.pipelines.flow import ClassConditionalFlowPipeline
+from latentae.pipelines.planes import PlaneFlowPipeline
 
 STOCK_CLASSES = 1000  # of DiTPipeline, whose label for "none" is this number
 INSTEAD = "make the pipeline of latentae (--pipeline flow)"
 
 
-def flow_pipeline(diffusion: LatentDiffusion, autoencoder: Any) -> ClassConditionalFlowPipeline:
-    """The pipeline that samples any latent diffusion of ours.
+def flow_pipeline(diffusion: LatentDiffusion, autoencoder: Any) -> ClassConditionalFlowPipeline | PlaneFlowPipeline:
+    """The pipeline that samples any latent diffusion of ours: of planes clips, else images.
 
     Raises:
-        RequestError: the autoencoder has latents of other channels.
+        RequestError: the autoencoder has latents of other channels, or other planes.
     """
     denoiser = diffusion.denoiser
+    if diffusion.layout is not None:
+        return PlaneFlowPipeline(
+            transformer=denoiser.transformer,
+            vae=autoencoder,
+            scheduler=FlowMatchEulerDiscreteScheduler(),
+            latents_mean=diffusion.mean.tolist(),
+            latents_std=diffusion.std.tolist(),
+            id2label=diffusion.labels,
+            given=list(diffusion.given),
+        )
     return ClassConditionalFlowPipeline(
         transformer=denoiser.transformer,
         vae=autoencoder,

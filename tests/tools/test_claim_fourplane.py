@@ -37,21 +37,22 @@ def costs(module):
 
 def test_arms_have_equal_floats_and_trunks(module):
     models = {name: module.build(name, module.QUICK, 3) for name in module.ARMS}
+    assert models[module.HALVES](torch.zeros(1, 3, 8, 16, 24)).shape == (1, 3, 8, 16, 24)
     assert {module.floats_of(model) for model in models.values()} == {1536}
     trunks = [{k: x for k, x in m.state_dict().items() if "block" in k} for m in models.values()]
     for other in trunks[1:]:
         assert other.keys() == trunks[0].keys()
         assert all(torch.equal(x, trunks[0][key]) for key, x in other.items())
-    assert all(model.decoder.time.weight.shape[1] == 8 for model in models.values())  # the time coordinate
-    other_seed = module.build(module.HAT, module.QUICK, 4).encoder.conv_in.weight
-    assert not torch.equal(other_seed, models[module.HAT].encoder.conv_in.weight)
+    assert all(model.net.decoder.time.weight.shape[1] == 8 for model in models.values())  # the time coordinate
+    other_seed = module.build(module.HAT, module.QUICK, 4).net.encoder.conv_in.weight
+    assert not torch.equal(other_seed, models[module.HAT].net.encoder.conv_in.weight)
 
 
 def test_arms_differ_in_what_spatial_planes_are_means_of(module):
-    pixels = torch.rand(1, 3, module.FRAMES, 16, 16, generator=torch.Generator().manual_seed(0))
+    pixels = torch.rand(1, 192, module.FRAMES, 2, 3, generator=torch.Generator().manual_seed(0))
     planes = {}
     for name in (module.HALVES, module.HAT, module.DOUBLED):
-        model = module.build(name, module.QUICK, 0)
+        model = module.build(name, module.QUICK, 0).net
         torch.nn.init.eye_(model.encoder.heads["xy2"].weight[:, :, 1, 1].data)
         model.encoder.heads["xy1"].load_state_dict(model.encoder.heads["xy2"].state_dict())
         planes[name] = model.layout(tuple(pixels.shape)).split(model.encode(pixels).latent_dist.mean)
@@ -63,7 +64,7 @@ def test_arms_differ_in_what_spatial_planes_are_means_of(module):
 
 def test_two_planes_of_one_mean_are_a_plane_of_twice_the_channels(module):
     """What the decoder makes of both is what one convolution makes of their concatenation."""
-    decoder = module.build(module.DOUBLED, module.QUICK, 0).decoder
+    decoder = module.build(module.DOUBLED, module.QUICK, 0).net.decoder
     layout = PlaneLayout(8, 4, 4, channels=6)
     a, b = torch.randn(2, 1, 6, 4, 4)
     zeros = {name: torch.zeros(1, 6, 8, 4) for name in ("xt", "yt")}

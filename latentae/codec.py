@@ -57,6 +57,19 @@ def temporal_ratio(autoencoder: Any) -> int:
     return int(own or vars(autoencoder).get("temporal_compression_ratio") or 1)
 
 
+def is_video(autoencoder: Any) -> bool:
+    """Whether it works on videos: its encoder has a convolution in three dimensions."""
+    encoder = getattr(autoencoder, "encoder", autoencoder)
+    return any(isinstance(module, nn.Conv3d) for module in encoder.modules())
+
+
+def fitting_frames(autoencoder: Any, frames: int) -> int:
+    """The next number of frames, from ``frames`` on, that the autoencoder takes."""
+    if hasattr(autoencoder, "padded_frames"):  # which has windows
+        return autoencoder.padded_frames(frames)
+    return frames + -(frames - 1) % temporal_ratio(autoencoder)
+
+
 def posterior_of(output: Any) -> Any:
     """The distribution in what an autoencoder's ``encode`` returned, with ``mode()`` and ``sample(generator)``.
 
@@ -140,8 +153,7 @@ class LatentCodec:
         self.spatial_ratio = spatial_ratio(autoencoder)
         self.temporal_ratio = temporal_ratio(autoencoder)
         self.latent_channels = int(config.get("latent_channels") or config["z_dim"])
-        encoder = getattr(autoencoder, "encoder", autoencoder)
-        self.is_video = any(isinstance(module, nn.Conv3d) for module in encoder.modules())
+        self.is_video = is_video(autoencoder)
         decode_arguments = inspect.signature(self.autoencoder.decode).parameters
         self._takes_generator = "generator" in decode_arguments
         # all of ours take a number of steps; of stock classes only those whose decoder samples
@@ -311,9 +323,7 @@ class LatentCodec:
 
     def padded_frames(self, frames: int) -> int:
         """The next number of frames that the autoencoder takes."""
-        if hasattr(self.autoencoder, "padded_frames"):  # which has windows
-            return self.autoencoder.padded_frames(frames)
-        return frames + -(frames - 1) % self.temporal_ratio
+        return fitting_frames(self.autoencoder, frames)
 
     def _shift_and_scale(self, z: Tensor) -> tuple[Tensor | float, Tensor | float]:
         values = self.normalisation

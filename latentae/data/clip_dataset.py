@@ -19,10 +19,11 @@ from latentae.console import say
 from latentae.data.clips import ClipSource
 from latentae.data.decode import DEFAULT_POLICY, BadImage, DecodePolicy
 from latentae.data.images import epoch_order
+from latentae.data.sample_clips import moving_picture
 from latentae.data.sources import Item
 from latentae.data.sources.base import path_of
 from latentae.data.transforms import adm_center_crop, random_resized_crop_flip
-from latentae.data.video import FrameChoice, Video, VideoInfo, frame_rate
+from latentae.data.video import ASSUMED_FPS, FrameChoice, Video, VideoInfo, frame_rate
 from latentae.errors import DataError, RequestError
 from latentae.files import read_json, write_json
 
@@ -49,10 +50,13 @@ class ClipDataset(Dataset[dict[str, Any]]):
         stride: take every so many-th frame; see `latentae.data.video.frame_numbers`.
         seed: of the order, the starts and the crops, 0 or more.
         augment: random starts and crops in random order, or the centres of the beginnings in order.
+        dead_leaves: share of samples that are generated (`moving_picture`) instead of read, in training only.
         cache: folder that remembers the times of the frames, by place, length and time of change of each file.
         policy: how frames become pixels.
         max_bad: share of bad clips from which on the data set is refused; a single one is always let pass.
     """
+
+    noun = "clips"
 
     def __init__(
         self,
@@ -64,12 +68,16 @@ class ClipDataset(Dataset[dict[str, Any]]):
         stride: int = 1,
         seed: int = 0,
         augment: bool = True,
+        dead_leaves: float = 0.0,
         cache: str | Path | None = None,
         policy: DecodePolicy = DEFAULT_POLICY,
         max_bad: float = 0.01,
     ):
         if size < 1:
             raise RequestError(f"size={size}; expected at least 1.")
+        if not 0 <= dead_leaves <= 1:
+            raise RequestError(f"dead_leaves is a share of samples, from 0 to 1, not {dead_leaves}.")
+        self.frames, self.dead_leaves = frames, dead_leaves
         self.source, self.items = source, source.items()
         self.choice = FrameChoice(frames, None if fps is None else frame_rate(fps), stride)
         self.size, self.seed, self.augment, self.policy, self.max_bad = size, seed, augment, policy, max_bad
@@ -95,6 +103,8 @@ class ClipDataset(Dataset[dict[str, Any]]):
         """
         epoch, place = divmod(position, len(self.items))
         drawn = int(epoch_order(len(self.items), self.seed, epoch)[place]) if self.augment else place
+        if self.augment and np.random.default_rng((self.seed, epoch, drawn, 2)).random() < self.dead_leaves:
+            return self._generated(position, drawn)
         broken: list[int] = []
         while True:
             index = (drawn + len(broken)) % len(self.items)
@@ -106,6 +116,11 @@ class ClipDataset(Dataset[dict[str, Any]]):
                 broken.append(index)
                 if len(broken) == len(self.items):
                     self.refuse_too_many(len(broken), index)
+
+    def _generated(self, position: int, drawn: int) -> dict[str, Any]:
+        pixels = moving_picture("leaves", position, self.seed, self.frames, self.size)
+        made = {"pixels": pixels, "index": drawn, "key": f"dead-leaves/{position}", "label": -1}
+        return {**made, "start": 0, "fps": float(self.choice.fps or ASSUMED_FPS), "stands_in_for": ""}
 
     def _sample(self, index: int, seed: tuple[int, int, int]) -> dict[str, Any]:
         item = self.items[index]

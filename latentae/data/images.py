@@ -48,6 +48,8 @@ class ImageDataset(Dataset[dict[str, Any]]):
         max_bad: share of broken images from which on the data set is refused; a single one is always let pass.
     """
 
+    noun = "images"
+
     def __init__(
         self,
         source: Source,

@@ -27,11 +27,25 @@ def panel(pixels: torch.Tensor, reconstruction: torch.Tensor, latents: torch.Ten
         uint8 (rows, columns, 3) with white gaps.
     """
     pixels, reconstruction = _to_uint8(pixels), _to_uint8(reconstruction)
-    error = (ERROR_GAIN * (pixels.int() - reconstruction.int()).abs()).clamp(max=255).to(torch.uint8)
-    columns = [pixels, reconstruction, error]
+    columns = [pixels, reconstruction, _error(pixels, reconstruction)]
     if latents is not None:
         columns += _latents_as_grey(latents[:, :LATENT_CHANNELS_SHOWN], pixels.shape[-2:])
     return _tiles(torch.stack(columns, dim=1))
+
+
+def clip_panel(pixels: torch.Tensor, reconstruction: torch.Tensor, frames: int = 8) -> np.ndarray:
+    """Three rows per clip: so many of its frames, evenly from the first to the last; their reconstructions; the
+    absolute error times 8.
+
+    Args:
+        pixels, reconstruction: (B, 3, T, H, W), uint8 or float in [-1, 1].
+
+    Returns:
+        uint8 (rows, columns, 3) with white gaps.
+    """
+    pixels, reconstruction = (_some_frames(x, frames) for x in (pixels, reconstruction))
+    rows = torch.stack([pixels, reconstruction, _error(pixels, reconstruction)], dim=1)  # (B, 3 rows, 3, T, H, W)
+    return _tiles(rows.flatten(0, 1).transpose(1, 2))
 
 
 def grid(pixels: torch.Tensor) -> np.ndarray:
@@ -53,8 +67,16 @@ def film(pixels: torch.Tensor, frames: int = 8) -> np.ndarray:
     Args:
         pixels: (B, 3, T, H, W), uint8 or float in [-1, 1].
     """
+    return _tiles(_some_frames(pixels, frames).transpose(1, 2))
+
+
+def _some_frames(pixels: torch.Tensor, frames: int) -> torch.Tensor:
     shown = torch.linspace(0, pixels.shape[2] - 1, min(frames, pixels.shape[2])).round().long()
-    return _tiles(_to_uint8(pixels)[:, :, shown].transpose(1, 2))
+    return _to_uint8(pixels[:, :, shown])
+
+
+def _error(pixels: torch.Tensor, reconstruction: torch.Tensor) -> torch.Tensor:
+    return (ERROR_GAIN * (pixels.int() - reconstruction.int()).abs()).clamp(max=255).to(torch.uint8)
 
 
 def _tiles(images: torch.Tensor) -> np.ndarray:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from latentae.errors import RequestError
+from latentae.nn.pixels import frames_of
 from latentae.nn.precision import widen
 from latentae.objectives.discriminators import Discriminator
 
@@ -105,7 +106,8 @@ class Adversary(nn.Module):
         return step >= self.start_step - self.warmup_steps
 
     def generator_loss(self, reconstruction: Tensor) -> Tensor:
-        """How far the discriminator is from taking (B, 3, H, W) for real; no gradient reaches the discriminator."""
+        """How far the discriminator is from taking pixels (B, 3, H, W) or (B, 3, T, H, W) for real; no gradient reaches
+        the discriminator."""
         with _frozen(self.discriminator):
             fakes = self._logits(reconstruction)
         values = [F.softplus(-fake).mean() if self.loss == "non_saturating" else -fake.mean() for fake in fakes]
@@ -183,6 +185,10 @@ class Adversary(nn.Module):
             values["adaptive_clamped"] = self.clamped_steps.clone()  # what is logged is the count so far
 
     def _logits(self, pixels: Tensor) -> list[Tensor]:
+        if self.discriminator.of_clips:
+            pixels = pixels.unsqueeze(2) if pixels.ndim == 4 else pixels
+        elif pixels.ndim == 5:
+            pixels = frames_of(pixels)
         logits = self.discriminator(pixels)
         return [widen(output) for output in (logits if isinstance(logits, tuple) else (logits,))]
 

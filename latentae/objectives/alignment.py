@@ -42,6 +42,7 @@ class Alignment(Term):
     """
 
     needs_reconstruction = False
+    takes_clips = False
 
     def __init__(
         self,

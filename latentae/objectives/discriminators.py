@@ -1,6 +1,7 @@
 """Networks that tell real pixels from reconstructions.
 
 All are fully convolutional and size-agnostic; those for images take (B, 3, H, W), `PatchGAN3D` takes (B, 3, T, H, W).
+In an `Adversary` the former judge clips frame by frame, and the latter takes images for clips of one frame.
 """
 
 from itertools import pairwise
@@ -19,10 +20,12 @@ Norm = Literal["group", "batch", "none"]
 class Discriminator(nn.Module):
     """Base of all discriminators: ``forward(pixels)`` gives logits of any shape, larger for real pixels.
 
-    One that judges in several ways returns a tuple and names its ``outputs``; each counts alike in the losses.
+    One that judges in several ways returns a tuple and names its ``outputs``; each counts alike in the losses. One with
+    ``of_clips`` takes pixels (B, 3, T, H, W).
     """
 
     outputs: tuple[str, ...] = ("logits",)
+    of_clips = False
 
 
 class PatchGAN(Discriminator):
@@ -75,6 +78,8 @@ class PatchGAN3D(Discriminator):
     Args:
         channels, layers, norm: as in `PatchGAN`; the original's norm is ``batch``.
     """
+
+    of_clips = True
 
     def __init__(self, channels: int = 64, layers: int = 3, norm: Norm = "group"):
         super().__init__()

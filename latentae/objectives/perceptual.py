@@ -24,14 +24,22 @@ class LPIPS(Term):
     Args:
         net: the backbone, ``vgg`` for training as the papers do, or ``alex``.
         path: a file with the backbone's weights; by default torchvision's official file where `latentae.weights` looks.
+        frames: of clips, so many frames of each in a training step, drawn anew; None for all, which costs a forward and
+            a backward pass of the backbone for each frame.
 
     Raises:
         MissingWeights: the file is nowhere; the message names it, the folders, the command, and how to do without.
         MissingExtra: the ``lpips`` package is not installed.
     """
 
-    def __init__(self, weight: float = 1.0, net: Literal["vgg", "alex"] = "vgg", path: str | None = None):
-        super().__init__(weight)
+    def __init__(
+        self,
+        weight: float = 1.0,
+        net: Literal["vgg", "alex"] = "vgg",
+        path: str | None = None,
+        frames: int | None = None,
+    ):
+        super().__init__(weight, frames)
         try:
             file = find_weight_file({"vgg": "vgg16", "alex": "alexnet"}[net], path)
         except MissingWeights as error:

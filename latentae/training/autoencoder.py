@@ -12,10 +12,12 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from latentae.codec import posterior_of, spatial_ratio
+from latentae.codec import fitting_frames, is_video, posterior_of, spatial_ratio, temporal_ratio
 from latentae.console import say
 from latentae.errors import RequestError
+from latentae.families.fourplane import FourPlane
 from latentae.metrics.image import LPIPSMetric, psnr, ssim
+from latentae.metrics.video import difference_psnr, flicker, over_frames
 from latentae.nn.pixels import to_float, to_uint8
 from latentae.objectives import (
     Adversary,
@@ -118,7 +120,7 @@ class AutoencoderModule(TrainingModule):
     # One training step
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> None:
-        """Learn from ``batch["pixels"]``, uint8 (B, 3, H, W)."""
+        """Learn from ``batch["pixels"]``, uint8 (B, 3, H, W) or (B, 3, T, H, W)."""
         self.begin_batch()
         pixels = to_float(batch["pixels"]).to(self.dtype)
         for transform in self.latent_transforms:
@@ -236,6 +238,7 @@ class AutoencoderModule(TrainingModule):
     def validation_step(self, batch: dict[str, Any], batch_index: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Reconstruct ``batch["pixels"]`` from the mode; logs every term, and PSNR, SSIM and LPIPS of uint8 pixels.
 
+        Of clips these are means over frames, and there are ``difference_psnr`` and ``flicker`` of `metrics.video`.
         A diffusion decoder's terms are those of draws that are the same in every validation, the rest is of samples
         from the canvas of noise. LPIPS (``lpips_alex``) needs AlexNet's weights on this machine. The names end in
         ``@SIZE`` if there is more than one size.
@@ -254,9 +257,15 @@ class AutoencoderModule(TrainingModule):
             step = Step(pixels, reconstruction, posterior, latents)
         _, values = self.objective(step)
         rounded = to_uint8(reconstruction)
-        values |= {"psnr": psnr(rounded, original).mean(), "ssim": ssim(rounded, original).mean()}
-        for name, metric in (self.perceptual_metrics or {}).items():
-            values[name] = metric.values(rounded, original).mean()
+        measures: dict[str, Any] = {"psnr": psnr, "ssim": ssim}
+        measures |= {name: metric.values for name, metric in (self.perceptual_metrics or {}).items()}
+        for name, measure in measures.items():
+            of_clips = original.ndim == 5
+            found = over_frames(measure, rounded, original) if of_clips else measure(rounded, original)
+            values[name] = found.mean()
+        if original.ndim == 5 and original.shape[2] > 1:
+            values["difference_psnr"] = difference_psnr(rounded, original).mean()
+            values["flicker"] = flicker(rounded, original).mean()
         at_size = f"@{original.shape[-1]}" if len(self.trainer.num_val_batches) > 1 else ""
         logged = {f"val/{name}{at_size}": value.float() for name, value in values.items()}
         self.log_dict(logged, batch_size=len(original), sync_dist=True, add_dataloader_idx=False)
@@ -275,6 +284,7 @@ class AutoencoderModule(TrainingModule):
     def on_fit_start(self) -> None:
         super().on_fit_start()
         trainer: Any = self.trainer
+        self.check_frames(getattr(trainer.datamodule, "frames", None))
         size, ratio = getattr(trainer.datamodule, "size", 0), spatial_ratio(self.autoencoder)
         if size % ratio:
             near = f"{size - size % ratio} or {size - size % ratio + ratio}" if size > ratio else ratio
@@ -300,6 +310,26 @@ class AutoencoderModule(TrainingModule):
             if self.adversary and not any(is_parametrized(m) for m in self.adversary.discriminator.modules()):
                 halves.append(self.adversary.discriminator)
             compile_networks(*halves)
+
+    def check_frames(self, frames: int | None) -> None:
+        """Refuse clips for an autoencoder of images, and numbers of frames that an autoencoder of videos cannot have.
+
+        Raises:
+            RequestError: naming the numbers that are near.
+        """
+        name = type(self.autoencoder).__name__
+        if not is_video(self.autoencoder):
+            if frames is not None:
+                raise RequestError(f"data.frames {frames} asks for clips, and {name} is for images: leave it out.")
+            return
+        if frames is None and not isinstance(self.autoencoder, FourPlane):
+            raise RequestError(f"{name} is for videos: say with data.frames how many frames to take of each clip.")
+        if frames is not None and fitting_frames(self.autoencoder, frames) != frames:
+            below = next(n for n in range(frames, 0, -1) if fitting_frames(self.autoencoder, n) == n)
+            raise RequestError(
+                f"data.frames {frames} does not fit the autoencoder, whose temporal compression is "
+                f"{temporal_ratio(self.autoencoder)}: use {below} or {fitting_frames(self.autoencoder, frames)}."
+            )
 
     def on_validation_start(self) -> None:
         super().on_validation_start()

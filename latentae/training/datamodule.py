@@ -1,4 +1,4 @@
-"""The images of a run: training samples by position, and a fixed held-out set.
+"""The images or clips of a run: training samples by position, and a fixed held-out set.
 
 A position counts the samples of all ranks since the start of training and says everything about a sample, so a run
 resumes where it stopped by starting its loader at the position that its checkpoint holds.
@@ -8,6 +8,7 @@ import hashlib
 import io
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import pytorch_lightning as pl
@@ -15,44 +16,60 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Sampler
 
+from latentae.console import say
+from latentae.data.clip_dataset import ClipDataset
+from latentae.data.clips import ClipSource, open_inputs
 from latentae.data.images import ImageDataset
+from latentae.data.sample_clips import SampleClips, Split
 from latentae.data.samples import photos
-from latentae.data.sources import Item, Source, open_source
+from latentae.data.sources import Item, Source
+from latentae.data.sources.base import path_of
+from latentae.data.video import BadVideo
 from latentae.errors import RequestError
 
-SAMPLES = "samples"  # what data.path says for the bundled photos
+SAMPLES = "samples"  # what data.path says for the bundled photos, and clips of them
+CLIP_TIMES = "clip-times"  # in the run folder: when the frames of the clips are
 
 
 class ImageData(pl.LightningDataModule):
-    """Random crops of a folder's images to train on, centre crops of held-out ones to validate on.
+    """Random crops of a folder's images or clips to train on, centre crops of held-out ones to validate on.
 
-    Batches are dicts whose ``pixels`` are uint8 (B, 3, size, size). Training is one endless stream: its length is
-    ``trainer.max_steps``.
+    Batches are dicts whose ``pixels`` are uint8 (B, 3, size, size), of clips (B, 3, frames, size, size). Training is
+    one endless stream: its length is ``trainer.max_steps``.
 
     Args:
         path: what `open_source` takes: a folder of images, searched recursively, a tar, parquet file or manifest, a
-            pattern or folder of tars; ``samples`` for the few photos that dependencies bring along.
+            pattern or folder of tars; ``samples`` for the few photos that dependencies bring along. With ``frames`` it
+            is what `ClipSource` takes: a folder of videos and of folders of frames, or one video; ``samples`` for
+            clips that are made of those photos and of dead leaves.
         size: side of the square crops in pixels.
-        batch_size: images per batch on each device.
+        frames: of each clip; None for images.
+        fps: frames per second of the clips; None for their own rates.
+        stride: take every so many-th frame.
+        batch_size: images or clips per batch on each device.
         workers: processes that decode; they change nothing but the speed.
-        dead_leaves: share of training samples that are generated pictures instead of photos, from 0 to 1.
+        dead_leaves: share of training samples that are generated, pictures or clips, from 0 to 1.
         val_path: held-out images, as ``path``; by default a part of ``path`` is held out.
         val_fraction: that part, chosen by a hash of each image's key, at least one image; 0 for no validation.
         val_sizes: sides of the centre crops to validate on, such as ``[256, 512]``, each logged as ``val/psnr@256``;
             by default ``size`` alone, logged as ``val/psnr``. Smaller images are enlarged.
         val_images: at most so many held-out images; None for all.
-        max_bad: share of images that may be broken: they are reported, counted and replaced by the next good ones,
-            and the run stops with exit code 3 when there are more (a single one is always let pass).
-        seed: of the order and the crops.
+        max_bad: share of images that may be broken, and of clips that may be so or shorter than ``frames``: they are
+            reported, counted and replaced by the next good ones, and the run stops with exit code 3 when there are more
+            (a single one is always let pass).
+        seed: of the order and the crops, and of the first frames of clips.
 
     Raises:
-        RequestError: no ``path``, nothing there, or no image in it.
+        RequestError: no ``path``, nothing there, no image in it, or none of what ``frames`` asks for.
     """
 
     def __init__(
         self,
         path: str | None = None,
         size: int = 256,
+        frames: int | None = None,
+        fps: float | None = None,
+        stride: int = 1,
         batch_size: int = 16,
         workers: int = 4,
         dead_leaves: float = 0.0,
@@ -67,6 +84,13 @@ class ImageData(pl.LightningDataModule):
         for name, value, least in (("size", size, 1), ("batch_size", batch_size, 1), ("workers", workers, 0)):
             if value < least:
                 raise RequestError(f"data.{name} is {value}; expected at least {least}.")
+        if frames is not None and frames < 1:
+            raise RequestError(f"data.frames is {frames}; expected at least 1, or null for images.")
+        made = frames is not None and path == SAMPLES
+        if (frames is None or made) and (fps is not None or stride != 1):
+            what = "generated clips have no rate" if made else "without data.frames these are images"
+            raise RequestError(f"data.fps and data.stride choose frames of videos, and {what}: leave them out.")
+        self.frames, self.fps, self.stride = frames, fps, stride
         self.path, self.val_path = path, val_path
         self.size, self.batch_size, self.workers = size, batch_size, workers
         self.dead_leaves, self.max_bad, self.seed = dead_leaves, max_bad, seed
@@ -74,38 +98,54 @@ class ImageData(pl.LightningDataModule):
         self.validated_sizes = val_sizes or [size]
 
     def setup(self, stage: str) -> None:
-        """Find the images."""
+        """Find the images or clips."""
         if stage == "fit" or self.val_path is None:
             self.train_source, self.val_source = self._split()
         if self.val_path is not None:
-            self.val_source = open_source(self.val_path)
+            self.val_source = self._source(self.val_path)
 
-    def _split(self) -> tuple[Source, Source]:
+    def _split(self) -> tuple[Any, Any]:
+        """To train on and to validate on: two sources, or None twice where clips are generated."""
         if self.path is None:
             raise RequestError("There are no images to train on: give a folder, tar or manifest with --data.path.")
         if self.path == SAMPLES:
-            return SamplePhotos("train"), SamplePhotos("held_out")
-        return hold_out(open_source(self.path), self.val_fraction if self.val_path is None else 0.0)
+            return (SamplePhotos("train"), SamplePhotos("held_out")) if self.frames is None else (None, None)
+        return hold_out(self._source(self.path), self.val_fraction if self.val_path is None else 0.0)
+
+    def _source(self, path: str) -> Source | ClipSource:
+        source = open_inputs(path, clips=self.frames is not None)
+        if isinstance(source, ClipSource):
+            if self.frames is None:
+                raise RequestError(f"{path} holds clips: say how many frames to take of each with --data.frames.")
+            refuse_photos(source, path)
+        return source
 
     def train_dataloader(self) -> DataLoader:
         """The stream of samples from the position at which the run stands."""
-        dataset = ImageDataset(
-            self.train_source, size=self.size, seed=self.seed, dead_leaves=self.dead_leaves, max_bad=self.max_bad
-        )
-        return self._stream(dataset)
+        return self._stream(self._dataset("train", self.size))
 
     def val_dataloader(self) -> list[DataLoader]:
-        """One loader for each size, of this rank's part of the held-out images; none without such images."""
+        """One loader for each size, of this rank's part of the held-out samples; none without any."""
         if not self.validates:
             return []
-        chosen = _Chosen(self.val_source, self.val_source.items()[: self.val_images])
-        options: dict[str, Any] = {"augment": False, "max_bad": self.max_bad}
-        return [self._in_order(ImageDataset(chosen, size=size, **options)) for size in self.validated_sizes]
+        return [self._in_order(self._dataset("held_out", size), self.val_images) for size in self.validated_sizes]
+
+    def _dataset(self, split: Split, size: int) -> Any:
+        source = self.train_source if split == "train" else self.val_source
+        options: dict[str, Any] = {"size": size, "seed": self.seed}
+        if source is None:
+            return SampleClips(split, frames=self.frames or 1, **options)
+        options |= {"augment": split == "train", "dead_leaves": self.dead_leaves, "max_bad": self.max_bad}
+        if self.frames is None:
+            return ImageDataset(source, **options)
+        trainer: Any = self.trainer
+        cache = Path(trainer.default_root_dir, CLIP_TIMES)
+        return ClipDataset(source, frames=self.frames, fps=self.fps, stride=self.stride, cache=cache, **options)
 
     @property
     def validates(self) -> bool:
         """Whether there is anything to validate on."""
-        return bool(self.val_source.items())
+        return self.val_source is None or bool(self.val_source.items())
 
     def _stream(self, dataset: Any) -> DataLoader:
         """Batches of this rank from the position at which the run stands, without end."""
@@ -166,15 +206,39 @@ class _Chosen:
         return self.source.read(item)
 
 
-def hold_out(source: Source, fraction: float) -> tuple[Source, Source]:
+def hold_out(source: Any, fraction: float) -> tuple[Any, Any]:
     """Split a source in two by a hash of the keys, so that adding images moves no other image across.
 
     The second part has about ``fraction`` of the items, at least one where there are two, and is in the order of the
     hash, so that its first images are of all kinds.
     """
     items = source.items()
-    trained, held_out = split([item.key for item in items], fraction)
-    return _Chosen(source, [items[i] for i in trained]), _Chosen(source, [items[i] for i in held_out])
+    parts = split([item.key for item in items], fraction)
+    trained, held_out = ([items[i] for i in part] for part in parts)
+    if isinstance(source, ClipSource):
+        return source.only(trained), source.only(held_out)
+    return _Chosen(source, trained), _Chosen(source, held_out)
+
+
+def refuse_photos(source: ClipSource, path: str) -> None:
+    """Tell folders of frames, which are clips, from folders of photos, and say where images are taken as frames.
+
+    Raises:
+        RequestError: no videos are there, and one of the first folders has images of several sizes.
+    """
+    items = source.items()
+    if not all(Path(path_of(item.uri)).is_dir() for item in items):
+        return
+    for item in items[:8]:
+        try:
+            source.open(item).info  # noqa: B018  (it reads the headers)
+        except BadVideo as error:
+            if error.reason == "mixed-sizes":
+                raise RequestError(
+                    f"{path} holds no videos but images of several sizes, which are no frames of a clip: leave "
+                    "data.frames out to train on images, or give videos or folders of frames."
+                ) from error
+    say(f"{path}: each of its {len(items)} folders of images is taken as a clip.")
 
 
 def split(keys: list[str], fraction: float) -> tuple[list[int], list[int]]:

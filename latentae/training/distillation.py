@@ -44,6 +44,7 @@ class LatentDistillation(Term):
     """
 
     needs_reconstruction = False
+    takes_clips = False
 
     def __init__(
         self,

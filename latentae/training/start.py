@@ -12,6 +12,7 @@ from torch import nn
 
 from latentae.console import say
 from latentae.errors import RequestError
+from latentae.families.fourplane import inflate
 from latentae.families.presets import create, family_class, find_preset
 from latentae.loading import load
 from latentae.loading.opening import LAST_CHECKPOINT
@@ -19,7 +20,7 @@ from latentae.nn.padding import padding_mode, set_padding_mode
 from latentae.training.distillation import take_decoder, take_encoder, with_decoder_arguments, with_encoder_arguments
 from latentae.weights import open_state_dict
 
-OPTIONS = ("init_from", "decoder_of", "encoder_of", "padding_mode")
+OPTIONS = ("init_from", "decoder_of", "encoder_of", "inflate", "padding_mode")
 HALVES = {
     "decoder_of": ("LiteVAE", with_decoder_arguments, take_decoder),
     "encoder_of": ("DiTo", with_encoder_arguments, take_encoder),
@@ -35,8 +36,9 @@ def build_autoencoder(description: dict[str, Any], seed: int = 0) -> nn.Module:
             or ``{pretrained: FOLDER or hub id}``; each with ``init_from``: anything that `latentae.load` opens, of
             runs the averaged weights. A preset of LiteVAE also with ``decoder_of``: an AutoencoderKL, AutoencoderTiny
             or LiteVAE, whose decoder and whose latents' shape and scale it then has; a preset of DiTo with
-            ``encoder_of``: an AutoencoderKL. ``padding_mode: reflect`` lets every convolution reflect its borders;
-            left out, it is that of the weights that are taken.
+            ``encoder_of``: an AutoencoderKL; a preset of FourPlane with ``inflate``: an AutoencoderKL, whose weights it
+            begins with and whose widths, layers and channels it has. ``padding_mode: reflect`` lets every convolution
+            reflect its borders; left out, it is that of the weights that are taken.
         seed: of random weights.
 
     Raises:
@@ -68,6 +70,12 @@ def build_autoencoder(description: dict[str, Any], seed: int = 0) -> nn.Module:
             raise RequestError(f"model.autoencoder.{option} needs a preset of {family} beside it, not {kind} {source}.")
         teacher, take = load(given[option]), take_half
         arguments = with_arguments(arguments, teacher, str(given[option]))
+    image: Any = None
+    if given["inflate"] is not None:
+        if getattr(make, "__name__", None) != "FourPlane":
+            raise RequestError(f"model.autoencoder.inflate needs a preset of FourPlane beside it, not {kind} {source}.")
+        image = load(given["inflate"])
+        arguments = {**_nets_of(image), **arguments}
     if make is None:
         autoencoder = load(source)
     elif kind == "preset":
@@ -76,6 +84,9 @@ def build_autoencoder(description: dict[str, Any], seed: int = 0) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             autoencoder = make(**arguments).eval()
+    if image is not None:
+        taken, names = inflate(autoencoder, image), len(autoencoder.state_dict())
+        say(f"inflate {given['inflate']}: took {len(taken)} of {names} tensors, as much as there is to take.")
     earlier = load(init_from) if init_from is not None else None
     if earlier is not None:
         take_weights(autoencoder, earlier, str(init_from))
@@ -86,6 +97,14 @@ def build_autoencoder(description: dict[str, Any], seed: int = 0) -> nn.Module:
     if padding is not None:
         set_padding_mode(autoencoder, padding)
     return autoencoder
+
+
+def _nets_of(image: Any) -> dict[str, Any]:
+    """Arguments of a FourPlane with the networks of an AutoencoderKL; of another class none, which is then refused."""
+    if type(image).__name__ != "AutoencoderKL":
+        return {}
+    same = ("block_out_channels", "layers_per_block", "norm_num_groups", "mid_block_add_attention")
+    return {"plane_channels": image.config["latent_channels"], **{name: image.config[name] for name in same}}
 
 
 def _maker(kind: str, source: str) -> Any:

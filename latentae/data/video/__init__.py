@@ -16,11 +16,21 @@ it is never another frame, a black one, or a shorter clip. As in images, bits th
 may go unnoticed.
 """
 
-from latentae.data.video.base import BadVideo, FrameChoice, Video, VideoInfo, check_memory, frame_numbers, frame_rate
+from latentae.data.video.base import (
+    ASSUMED_FPS,
+    BadVideo,
+    FrameChoice,
+    Video,
+    VideoInfo,
+    check_memory,
+    frame_numbers,
+    frame_rate,
+)
 from latentae.data.video.opening import VIDEO_EXTENSIONS, is_animated, open_video
 from latentae.data.video.writing import VIDEO_FORMATS, write_video
 
 __all__ = [
+    "ASSUMED_FPS",
     "VIDEO_EXTENSIONS",
     "VIDEO_FORMATS",
     "BadVideo",

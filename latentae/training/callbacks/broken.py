@@ -1,4 +1,4 @@
-"""How many images of a run could not be decoded, over all the processes that read for it."""
+"""How many images or clips of a run could not be decoded, over all the processes that read for it."""
 
 from typing import Any
 
@@ -10,7 +10,8 @@ BROKEN_IMAGES = "data/broken_images"
 
 
 class BrokenImages(pl.Callback):
-    """Counts the broken images that training has met since it was started, and stops it where they are too many.
+    """Counts the broken images, or the broken and too short clips, that training has met since it was started, and
+    stops it where they are too many.
 
     Each process that reads knows its own; batches tell which images theirs stand in for, so the count is of all
     processes of a rank. It is logged as ``data/broken_images`` once there are any.
@@ -32,5 +33,7 @@ class BrokenImages(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.met and trainer.is_global_zero:
-            images = len(trainer.train_dataloader.dataset)  # type: ignore[union-attr]
-            say(f"{len(self.met)} of {images} images are broken and were replaced by others; each was named above.")
+            dataset: Any = trainer.train_dataloader.dataset  # type: ignore[union-attr]
+            how = "broken or too short" if dataset.noun == "clips" else "broken"
+            what = f"{len(self.met)} of {len(dataset)} {dataset.noun} are {how}"
+            say(f"{what} and were replaced by others; each was named above.")

@@ -10,7 +10,7 @@ from PIL import Image
 from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 
-from latentae.data.visual import film, grid, panel
+from latentae.data.visual import clip_panel, film, grid, panel
 from latentae.errors import RequestError
 
 FOLDER = "samples"
@@ -19,12 +19,12 @@ FOLDER = "samples"
 class ReconstructionImages(pl.Callback):
     """At every validation, draws the first held-out images: input, reconstruction, error ×8, latent channels.
 
-    They are the same images each time. The picture is ``samples/step-00001000.png`` in the run folder and
-    ``reconstructions`` in TensorBoard and Weights & Biases; where several sizes are validated there is one of each,
-    with ``@SIZE`` in the name.
+    Of clips it draws three rows of frames: input, reconstruction, error. They are the same images each time. The
+    picture is ``samples/step-00001000.png`` in the run folder and ``reconstructions`` in TensorBoard and Weights &
+    Biases; where several sizes are validated there is one of each, with ``@SIZE`` in the name.
 
     Args:
-        count: images drawn; 0 draws none.
+        count: images or clips drawn; 0 draws none.
     """
 
     def __init__(self, count: int = 8):
@@ -50,7 +50,10 @@ class ReconstructionImages(pl.Callback):
                 self._draw(rows, f"@{size}" if len(self._rows) > 1 else "", trainer)
 
     def _draw(self, rows: list[dict[str, Tensor]], suffix: str, trainer: pl.Trainer) -> None:
-        picture = panel(*(torch.cat([row[name] for row in rows]) for name in ("pixels", "reconstruction", "latents")))
+        pixels, made, latents = (
+            torch.cat([row[name] for row in rows]) for name in ("pixels", "reconstruction", "latents")
+        )
+        picture = clip_panel(pixels, made) if pixels.ndim == 5 else panel(pixels, made, latents)
         save_picture(picture, "reconstructions", suffix, trainer)
 
 

@@ -12,7 +12,7 @@ REFRESH_SECONDS = 0.5  # reading a loss waits for the device
 
 
 class TrainingProgress(pl.callbacks.ProgressBar):
-    """A progress bar with losses and images per second on a terminal, a line every 30 s elsewhere."""
+    """A progress bar with losses and images or clips per second on a terminal, a line every 30 s elsewhere."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +40,8 @@ class TrainingProgress(pl.callbacks.ProgressBar):
             self._refreshed = now
             rate = (pl_module.samples_seen - self._samples) / (now - self._started)
             losses = {name: float(value) for name, value in pl_module.last_values.items()}
-            self._figures = {"images/s": rate, **losses}
+            noun = getattr(trainer.train_dataloader.dataset, "noun", "images")  # type: ignore[union-attr]
+            self._figures = {f"{noun}/s": rate, **losses}
             if (broken := trainer.callback_metrics.get(BROKEN_IMAGES)) is not None:
                 self._figures["broken"] = str(int(broken))
         self._bar.advance(trainer.global_step - self._bar.done, **self._figures)

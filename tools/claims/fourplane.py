@@ -103,7 +103,7 @@ class Tier:
     test: int
     real: int
     evaluations: int = 6
-    learning_rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
+    learning_rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
 
 
 TIERS = {
@@ -290,26 +290,27 @@ def quality(cells: Cells, tier: Tier, plan: Plan, test: dict[str, Tensor], setti
 
     arms = [Arm(name, lambda seed, name=name: build(name, tier, seed), loss) for name in ARMS]  # type: ignore[misc]
     rates = plan.learning_rates
+    identity = {key: value for key, value in setting.items() if key != "learning_rates"}  # they are in the names
     work = {
         f"{slug(arm.name)}-search-{rate:g}": (lambda arm=arm, rate=rate: search_cell(arm, rate))  # type: ignore[misc]
         for arm in arms
         for rate in rates
     }
-    searched = {name: Run(**run) for name, run in cells.gather(work, setting).items()}
+    searched = {name: Run(**run) for name, run in cells.gather(work, identity).items()}
     searches = {}
     for arm in arms:
         runs = {rate: searched[f"{slug(arm.name)}-search-{rate:g}"] for rate in rates}
         searches[arm.name] = {rate: None if x.diverged else x.final(SYNTHETIC) for rate, x in runs.items()}
     best = {name: best_rate(search) for name, search in searches.items()}
     work = {
-        f"{slug(arm.name)}-{seed}": (lambda arm=arm, seed=seed: run_cell(arm, best[arm.name], seed))  # type: ignore[misc]
+        f"{slug(arm.name)}-{seed}-{best[arm.name]:g}": (lambda arm=arm, seed=seed: run_cell(arm, best[arm.name], seed))  # type: ignore[misc]
         for seed in plan.seeds
         for arm in arms
     }
-    found = cells.gather(work, setting)
+    found = cells.gather(work, identity)
     outcomes = []
     for arm in arms:
-        runs_of = [Run(**found[f"{slug(arm.name)}-{seed}"]) for seed in plan.seeds]
+        runs_of = [Run(**found[f"{slug(arm.name)}-{seed}-{best[arm.name]:g}"]) for seed in plan.seeds]
         parameters = sum(p.numel() for p in arm.build(0).parameters())
         outcomes.append(Outcome(arm.name, parameters, searches[arm.name], runs_of))
     return outcomes

@@ -107,7 +107,7 @@ class Tier:
 
 
 TIERS = {
-    "cpu": Tier("cpu", 8, (64,), 4, 1, batch=2, steps=3000, search_steps=600, pool=2400, test=12, real=24),
+    "cpu": Tier("cpu", 8, (64,), 4, 1, batch=2, steps=1500, search_steps=600, pool=2400, test=12, real=24),
     "gpu": Tier(
         "cuda", 1, (32, 64, 128, 256), 8, 2, batch=16, steps=20000, search_steps=2000, pool=9600, test=48, real=96
     ),
@@ -296,7 +296,8 @@ def quality(cells: Cells, tier: Tier, plan: Plan, test: dict[str, Tensor], setti
         for arm in arms
         for rate in rates
     }
-    searched = {name: Run(**run) for name, run in cells.gather(work, identity).items()}
+    of_search = {key: value for key, value in identity.items() if key != "steps"}
+    searched = {name: Run(**run) for name, run in cells.gather(work, of_search).items()}
     searches = {}
     for arm in arms:
         runs = {rate: searched[f"{slug(arm.name)}-search-{rate:g}"] for rate in rates}

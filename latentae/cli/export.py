@@ -6,10 +6,10 @@ from_pretrained where latentae is not installed. A family that diffusers does no
 diffusers opens it too. Weights are safetensors.
 
 Training moves the latents, and with them the scaling factor that a diffusion model needs. --data measures it on images,
-as latent diffusion defines it: one over the standard deviation of samples of the posterior (for DC-AE over their root
-mean square), with shift_factor or latents_mean and latents_std where the model's configuration has them. Leave
---data out where a denoiser is trained already, as for an encoder distilled into a teacher's latents: it needs the old
-scale.
+or of an autoencoder of videos on clips, as latent diffusion defines it: one over the standard deviation of samples of
+the posterior (for DC-AE over their root mean square), with shift_factor or latents_mean and latents_std where the
+model's configuration has them; a FourPlane has the latter, plane by plane and channel by channel. Leave --data out
+where a denoiser is trained already, as for an encoder distilled into a teacher's latents: it needs the old scale.
 
 A run that trained a denoiser becomes the folder of a pipeline, with the autoencoder of its latents as the vae:
 latentae.ClassConditionalFlowPipeline for images, latentae.PlaneFlowPipeline for clips from planes, or by --pipeline dit
@@ -30,10 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pipeline", choices=("flow", "dit"), help="of a denoiser (default: flow)")
     parser.add_argument("--vae", metavar="MODEL", help="autoencoder of a denoiser (default: that of its training)")
     parser.add_argument("--with-code", action="store_true", help="add the code of a family that diffusers has not")
-    parser.add_argument("--data", metavar="FOLDER", help="images on which to measure the latents' scale anew")
+    parser.add_argument("--data", metavar="FOLDER", help="images or clips on which to measure the latents' scale")
     parser.add_argument("--size", type=int, default=256, help="side of their centre crops (default: %(default)s)")
-    parser.add_argument("--limit", type=int, default=5000, help="images to measure on at most (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=8, help="images at a time (default: %(default)s)")
+    parser.add_argument("--frames", type=int, help="frames of each clip (default: a window of the model, else 17)")
+    parser.add_argument("--fps", type=float, help="frames per second of the clips (default: their own)")
+    parser.add_argument("--limit", type=int, default=5000, help="images or clips at most (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=8, help="images or clips at a time (default: %(default)s)")
     parser.add_argument("--device", help="where to measure, such as cuda (default: the CPU)")
     parser.add_argument("--overwrite", action="store_true", help="replace a model that is already in DIR")
     parser.add_argument("--random-weights", action="store_true", help="allow a preset without published weights here")
@@ -120,8 +122,6 @@ def _measure(model: Any, args: argparse.Namespace) -> dict[str, Any]:
     from latentae.bench.latents import LatentStatistics
     from latentae.codec import LatentCodec
     from latentae.console import Progress
-    from latentae.data.images import ImageDataset
-    from latentae.data.sources import open_source
     from latentae.errors import DataError, RequestError
     from latentae.nn.pixels import to_float
 
@@ -130,9 +130,7 @@ def _measure(model: Any, args: argparse.Namespace) -> dict[str, Any]:
         raise RequestError(f"--size must be a multiple of the compression, {codec.spatial_ratio}; got {args.size}.")
     if args.limit < 1 or args.batch_size < 1:
         raise RequestError("--limit and --batch-size must be at least 1.")
-    if codec.is_video:
-        raise RequestError("--data measures image autoencoders; this one is for video.")
-    dataset = ImageDataset(open_source(args.data), size=args.size, augment=False)
+    dataset = _measured_on(codec, args)
     chosen = Subset(dataset, range(min(args.limit, len(dataset))))
     statistics = LatentStatistics()
     generator = torch.Generator(codec.device).manual_seed(0)
@@ -147,11 +145,33 @@ def _measure(model: Any, args: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
+def _measured_on(codec: Any, args: argparse.Namespace) -> Any:
+    """Centre crops of the images, or of the beginnings of the clips, of ``--data``."""
+    from latentae.codec import fitting_frames
+    from latentae.data.clip_dataset import ClipDataset
+    from latentae.data.clips import ClipSource
+    from latentae.data.images import ImageDataset
+    from latentae.data.sources import open_source
+    from latentae.errors import RequestError
+
+    if not codec.is_video:
+        if args.frames is not None or args.fps is not None:
+            raise RequestError("--frames and --fps choose frames of clips, and this autoencoder is for images.")
+        return ImageDataset(open_source(args.data), size=args.size, augment=False)
+    frames = codec.autoencoder.config.get("window_frames") or 17
+    frames = frames if args.frames is None else args.frames
+    fitting = fitting_frames(codec.autoencoder, max(frames, 2))
+    if fitting != frames:
+        raise RequestError(f"--frames {frames} does not fit the autoencoder, or is no clip: use {fitting}.")
+    return ClipDataset(ClipSource(args.data), frames=frames, fps=args.fps, size=args.size, augment=False)
+
+
 def refresh_normalisation(model: Any, measured: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Put measured statistics into a model's configuration, by the rule that its class has.
 
-    Per-channel statistics where it has them; else a shift and one over the standard deviation where it has a shift;
-    else one over the standard deviation, or for DC-AE, by its authors' definition, one over the root mean square.
+    Per-channel statistics where it has them, and of FourPlane, whose planes are means over different axes; else a shift
+    and one over the standard deviation where it has a shift; else one over the standard deviation, or for DC-AE, by its
+    authors' definition, one over the root mean square.
 
     Returns:
         The old and the new value by name.
@@ -163,9 +183,17 @@ def refresh_normalisation(model: Any, measured: dict[str, Any]) -> dict[str, tup
 
     config = model.config
     mean, std = measured["overall_mean"], measured["overall_std"]
-    if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+    if type(model).__name__ == "FourPlane":
+        # each plane is constant along the axis that it lacks, so a mean over the volume is one over the plane
+        new = {"latents_mean": measured["mean"], "latents_std": measured["std"], "scaling_factor": 1.0}
+    elif config.get("latents_mean") is not None and config.get("latents_std") is not None:
         # normalised latents are (z - mean) * scaling_factor / std
         new = {"latents_mean": measured["mean"], "latents_std": measured["std"]}
+        if len(config["latents_mean"]) != len(measured["mean"]):
+            raise RequestError(
+                f"{type(model).__name__} keeps {len(config['latents_mean'])} means and its latents have "
+                f"{len(measured['mean'])} channels, so --data cannot measure them: leave it out."
+            )
     elif "scaling_factor" not in type(model)._get_init_keys(type(model)):
         raise RequestError(f"{type(model).__name__} keeps no scaling factor that --data could measure: leave it out.")
     elif type(model).__name__ in ("DCAE", "AutoencoderDC"):
@@ -180,6 +208,8 @@ def refresh_normalisation(model: Any, measured: dict[str, Any]) -> dict[str, tup
 
 
 def _brief(value: Any) -> str:
+    if value is None:
+        return "none"
     if isinstance(value, (int, float)):
         return f"{value:.5g}"
     values = [f"{v:.3g}" for v in value]

@@ -17,9 +17,9 @@ what to train
                               -phase2, -phase3, and so for dcae/f64c128 and dcae/f128c512; eq-vae/finetune-kl, -vq;
                               litevae/b-f8c12-128, -256, litevae/distill-f8c4; dito/b-f8c4, l-, xl-, b-f8c4-lpips,
                               dito/distill-one-step, dito/onto-sd-vae-phase1, -phase2, glpto/b-f8c4, swycc/f8c4;
-                              latent diffusion: diffusion/tiny, diffusion/dit-f8p2, -f32p1, -f64p1; given more
-                              than once, later ones change earlier ones, and options change them all; 'latentae
-                              stages' runs several
+                              latent diffusion: diffusion/tiny, diffusion/dit-f8p2, -f32p1, -f64p1; of videos
+                              diffusion/planes, diffusion/planes-tiny; given more than once, later ones change
+                              earlier ones, and options change them all; 'latentae stages' runs several
   --run_dir DIR               where checkpoints, samples, TensorBoard logs and config.yaml go (default runs/RECIPE)
   --fork                      continue DIR although the configuration has changed since it was started
 
@@ -52,9 +52,11 @@ options of a recipe, each also a key of its YAML
 
 of latent diffusion
   --data.path STORE           latents that 'latentae encode' wrote, or images, which --model.codec MODEL encodes on the
-                              fly; --data.flip true mirrors half of the images
+                              fly; --data.flip true mirrors half of the images; with --data.frames T clips
   --model.denoiser.preset NAME           dit-tiny, dit-s, dit-b, dit-l, dit-xl, pixart-xl, sana-600m …, or .class_name
                                          CLASS of diffusers; .patch_size N and the other arguments of the class
+  --model.given.first SHARE, .both SHARE of samples that are given the first frame, or the first and the last, where
+                              the autoencoder is of planes with time_weights endpoints
   --model.num_classes N       1 trains without classes (default: those of the data)   --model.label_dropping SHARE
   --model.normalisation model the autoencoder's own scale instead of mean 0 and standard deviation 1 in each channel
   --model.times.class_path LogitNormalTimes   --model.gradient_checkpointing true

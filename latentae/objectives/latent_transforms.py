@@ -15,6 +15,7 @@ from torch import Tensor
 from latentae.errors import RequestError
 from latentae.nn.equivariance import Interpolation, Size, ratio_of, scaled_lengths, scaled_size, transform
 from latentae.nn.padding import padding_mode
+from latentae.nn.planes import PlaneLayout
 from latentae.objectives.draws import of_this_rank, per_image
 
 
@@ -92,6 +93,7 @@ class Equivariance(LatentTransform):
                 f"{name}: eq_prob {self.eq_prob} and lowres_prob {self.lowres_prob} are shares of all steps; they must "
                 "not be negative and may add up to 1 at most."
             )
+        refuse_planes(self, autoencoder)
         if self.scales and not 0 < self.scales[0] <= self.scales[1] <= 1:
             raise RequestError(f"{name}: scales must be a smallest and a largest factor in (0, 1], got {self.scales}.")
         if self.scales is None and (self.lowres_prob or not self.rotations):
@@ -173,8 +175,10 @@ class LatentNoise(LatentTransform):
     interpolated  (1 - t) z + t std ε, t ~ U(0, 1)     l-DeTok (Yang et al., 2025, arXiv 2507.15856)
     ============= ==================================== ======================================================
 
-    t is drawn for each image. ``std`` is in units of the raw latents; without a KL term or a norm an encoder
-    outgrows any noise. Diffusion decoders have `NoiseSynchronization`, which also tells the decoder t.
+    t is drawn for each image. Noise of planes is that of their tokens, constant like themselves along the axis that a
+    plane lacks: independent noise on their volume would be averaged away. ``std`` is in units of the raw latents;
+    without a KL term or a norm an encoder outgrows any noise. Diffusion decoders have `NoiseSynchronization`, which
+    also tells the decoder t.
 
     Args:
         std: the scale of the noise.
@@ -191,6 +195,8 @@ class LatentNoise(LatentTransform):
         self.std = std
         self.kind = kind
         self.prob = prob
+        self.planes: tuple[int, int] | None = None  # how many spatial ones and their channels
+        self.window = 1  # the latent frames that have planes of their own
 
     def check(self, autoencoder: Any) -> None:
         if self.std <= 0 or not 0 < self.prob <= 1:
@@ -198,14 +204,29 @@ class LatentNoise(LatentTransform):
                 f"LatentNoise needs a std above 0 and a prob in (0, 1], got {self.std} and {self.prob}; to train "
                 "without noise, leave it out of model.latent_transforms."
             )
+        if planes_of(autoencoder):
+            config = autoencoder.config
+            self.planes = (config["spatial_planes"], config["plane_channels"])
+            self.window = (config["window_frames"] - 1) // config["temporal_compression"] + 1
 
     def __call__(self, latents: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         per_image = latents.flatten(1)[:, 0].view(-1, *[1] * (latents.ndim - 1))  # (B, 1, …, 1)
-        noise = self.std * of_this_rank(torch.randn, latents)
+        noise = self.std * self._noise(latents)
         t = torch.ones_like(per_image) if self.kind == "fixed" else of_this_rank(torch.rand, per_image)
         kept = 1 - t if self.kind == "interpolated" else 1
         hit = of_this_rank(torch.rand, per_image) < self.prob
         return torch.where(hit, kept * latents + t * noise, latents), target
+
+    def _noise(self, latents: Tensor) -> Tensor:
+        if self.planes is None:
+            return of_this_rank(torch.randn, latents)
+        volume = latents if latents.ndim == 5 else latents.unsqueeze(2)
+        noise = []
+        for window in volume.split(self.window, dim=2):
+            layout = PlaneLayout(window.shape[2], window.shape[3], window.shape[4], *self.planes)
+            tokens = of_this_rank(torch.randn, window.new_empty(len(window), layout.num_tokens, layout.channels))
+            noise.append(layout.pack(tokens, "volume"))
+        return torch.cat(noise, dim=2).view_as(latents)
 
 
 class LatentMask(LatentTransform):
@@ -225,6 +246,7 @@ class LatentMask(LatentTransform):
     def check(self, autoencoder: Any) -> None:
         if not 0 < self.most <= 1:
             raise RequestError(f"LatentMask needs a largest share in (0, 1], got {self.most}.")
+        refuse_planes(self, autoencoder)
 
     def __call__(self, latents: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         share = (of_this_rank(torch.rand, per_image(latents)) * (self.most + 0.1) - 0.1).clamp(min=0)
@@ -299,6 +321,25 @@ class ChannelPrefix(LatentTransform):
         if not self.always_full:
             return prefix, target
         return torch.cat([prefix, latents]), torch.cat([target, target])
+
+
+def planes_of(autoencoder: Any) -> int:
+    """How many spatial planes the latents of an autoencoder have; 0 where they are a grid or a volume."""
+    return getattr(autoencoder, "config", {}).get("spatial_planes", 0)
+
+
+def refuse_planes(transform: LatentTransform, autoencoder: Any) -> None:
+    """Refuse an autoencoder of planes for what treats the latents as one grid over the image.
+
+    Raises:
+        RequestError: its latents are planes.
+    """
+    if planes_of(autoencoder):
+        raise RequestError(
+            f"{type(transform).__name__} changes latents position by position of one grid over the image, which the "
+            f"planes of this {type(autoencoder).__name__} are not: leave it out of model.latent_transforms, or train "
+            "with spatial_planes 0."
+        )
 
 
 def check_transforms(transforms: list[LatentTransform], autoencoder: Any) -> None:

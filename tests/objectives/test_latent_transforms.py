@@ -7,9 +7,19 @@ import torch
 import torch.nn.functional as F
 from scipy import stats
 
+import latentae
 from latentae.errors import RequestError
 from latentae.nn.padding import set_padding_mode
-from latentae.objectives import ChannelPrefix, Equivariance, LatentMask, LatentNoise, ScaleOnly, check_transforms
+from latentae.nn.planes import PlaneLayout
+from latentae.objectives import (
+    ChannelPrefix,
+    Equivariance,
+    LatentMask,
+    LatentNoise,
+    NoiseSynchronization,
+    ScaleOnly,
+    check_transforms,
+)
 
 
 def pair(grid=(16, 16), ratio=4, batch=2):
@@ -205,3 +215,40 @@ def test_latents_without_room_or_grid_name_the_way_out():
     transform.prepare(torch.zeros(1, 3, 64, 64), 8)
     with pytest.raises(RequestError, match=r"on a grid over the image.*leave it out of model\.latent_transforms"):
         transform(torch.zeros(1, 64, 16), torch.zeros(1, 3, 64, 64))
+
+
+GRIDS = [Equivariance(), ScaleOnly(), LatentMask(), ChannelPrefix([1]), NoiseSynchronization()]
+
+
+@pytest.mark.parametrize("transform", GRIDS, ids=lambda transform: type(transform).__name__)
+def test_what_changes_a_grid_is_refused_for_planes(transform):
+    planes = latentae.create("fourplane-tiny")
+    message = r"leave it out of model\.latent_transforms|takes the first channels alone"
+    with pytest.raises(RequestError, match=message) as caught:
+        check_transforms([transform], planes)
+    assert "\n" not in str(caught.value)
+    if isinstance(transform, Equivariance | LatentMask):
+        assert "which the planes of this FourPlane are not" in str(caught.value)
+        check_transforms([transform], latentae.create("fourplane-tiny", spatial_planes=0))
+
+
+@pytest.mark.parametrize("frames", [None, 5, 16])
+def test_noise_of_planes_is_noise_of_their_tokens(frames):
+    """Of an image, of a window, and of two; its spread is that of each token, not of a mean over an axis."""
+    autoencoder = latentae.create("fourplane-tiny", plane_channels=32)
+    noise = LatentNoise(0.5)
+    noise.check(autoencoder)
+    shape = autoencoder.latent_shape((8, 3, frames, 24, 16) if frames else (8, 3, 24, 16))
+    noisy, _ = noise(torch.ones(shape), torch.zeros(()))
+    volume = noisy if frames else noisy.unsqueeze(2)
+    windows = volume.split(5, dim=2)
+    assert len(windows) == (2 if frames == 16 else 1)
+    tokens = []
+    for window in windows:
+        layout = PlaneLayout(*window.shape[2:], planes=2, channels=32)
+        tokens.append(layout.unpack(window, "volume"))
+        if frames:
+            torch.testing.assert_close(layout.pack(tokens[-1], "volume"), window)
+        assert tokens[-1].std() == pytest.approx(0.5, rel=0.05)
+        assert tokens[-1].mean() == pytest.approx(1.0, abs=0.02)
+    assert len(tokens) == 1 or not torch.allclose(*tokens)

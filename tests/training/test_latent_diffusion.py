@@ -27,7 +27,7 @@ from latentae.training.recipes import find_recipe, recipe_names
 from latentae.training.stages import read_stages
 
 SMALL = {"preset": "dit-tiny", "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16}
-RECIPES = [name for name in recipe_names() if name.startswith("diffusion/")]
+RECIPES = [name for name in recipe_names() if name.startswith("diffusion/") and "planes" not in name]
 
 
 class Pixels(ModelMixin, ConfigMixin):

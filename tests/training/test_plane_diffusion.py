@@ -5,19 +5,22 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import latentae
 from latentae.cli.main import main
-from latentae.denoisers import velocity_errors
+from latentae.denoisers import create_denoiser, velocity_errors
 from latentae.errors import RequestError
 from latentae.families.fourplane import PlaneGaussian
 from latentae.loading.diffusion import load_diffusion
 from latentae.nn.pixels import to_float
 from latentae.nn.planes import PlaneLayout
 from latentae.store.reader import LatentStore
+from latentae.training.config import read_yaml
 from latentae.training.diffusion import LatentDiffusionModule
 from latentae.training.latent_data import CentreClips, LatentData
 from latentae.training.planes import GivenPlanes
+from latentae.training.recipes import find_recipe
 
 SMALL = {"preset": "planes-tiny", "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16}
 ENDPOINTS = "fourplane-endpoints-tiny"
@@ -318,3 +321,52 @@ def test_other_stores_are_refused(runs, clips, stores, tmp_path):
     latentae.encode_dataset(clips, tmp_path / "volume", volume(), size=16, frames=5, device="cpu", workers=1)
     with pytest.raises(RequestError, match="volumes of a FourPlane without planes"):
         runs.fit(make_module(None), make_data(tmp_path / "volume"), tmp_path / "run", 1)
+
+
+# The recipes
+
+
+@pytest.mark.parametrize("name", ["diffusion/planes", "diffusion/planes-tiny"])
+def test_the_recipes_run_at_a_small_size(tmp_path, clips, capsys, name):
+    header = find_recipe(name).read_text()
+    assert f"--config {name} " in header
+    assert all(word in header for word in ("# Hardware:", "# Expect:"))
+    options = {
+        "run_dir": tmp_path / "run",
+        "model.denoiser.num_layers": 1,
+        "model.denoiser.num_attention_heads": 2,
+        "model.denoiser.attention_head_dim": 16,
+        "model.codec": ENDPOINTS,
+        "data.path": clips,
+        "data.size": 16,
+        "data.frames": 5,
+        "data.batch_size": 2,
+        "data.workers": 0,
+        "data.val_fraction": 0.3,
+        "trainer.devices": 1,
+        "trainer.accelerator": "cpu",
+        "trainer.max_steps": 2,
+        "trainer.val_check_interval": 2,
+    }
+    command = ["--config", name, *(f"--{key}={value}" for key, value in options.items())]
+    assert main(["fit", *command]) == 0
+    assert "latentae export" in capsys.readouterr().err
+    with Image.open(tmp_path / "run/samples/step-00000002.png") as picture:
+        count = read_yaml(find_recipe(name))["images"]["count"]
+        assert picture.size == (5 * 18 - 2, count * 18 - 2)  # a row of 5 frames for each
+    diffusion = load_diffusion(tmp_path / "run")
+    assert (diffusion.denoiser.num_classes, diffusion.given) == (2, ("first", "both"))
+    assert main(["fit", *command, "--model.given", "null"]) == 2
+    assert "was started with another configuration" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("preset", ["planes-s", "planes-b", "planes-xl"])
+def test_every_size_of_the_recipe_can_be_built(preset):
+    recipe = read_yaml(find_recipe("diffusion/planes"))
+    layout = PlaneLayout((recipe["data"]["frames"] - 1) // 4 + 1, 16, 16, planes=2, channels=8)
+    assert layout.num_tokens == 672
+    with torch.device("meta"):
+        denoiser = create_denoiser({**recipe["model"]["denoiser"], "preset": preset}, layout, 101)
+    millions = sum(p.numel() for p in denoiser.parameters()) / 1e6
+    assert millions == pytest.approx({"planes-s": 33, "planes-b": 130, "planes-xl": 675}[preset], rel=0.02)
+    assert recipe["data"]["batch_size"] * recipe["trainer"]["devices"] == 256

@@ -12,9 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from latentae.bench.planes import as_repeated, independent_values
 from latentae.codec import LatentCodec, Latents
 from latentae.metrics.codebook import codes_of
 from latentae.metrics.image import psnr
+from latentae.metrics.video import over_frames
 from latentae.nn.pixels import to_uint8
 
 BATCH = 8
@@ -36,7 +38,7 @@ class AlteredLatents:
         self.kept: list[tuple[int, str, Tensor, Tensor]] = []
 
     def add(self, places: Sequence[int], keys: list[str], originals: Tensor, z: Tensor) -> None:
-        """Take places in the order, names, uint8 pixels (B, 3, H, W) and raw latents (B, C, ...) while they are needed.
+        """Take places in the order, names, uint8 pixels (B, 3, ...) and raw latents (B, C, ...) while they are needed.
 
         Latents with NaN or infinity stay out.
         """
@@ -78,8 +80,8 @@ class AlteredLatents:
     def _point(self, step: float) -> dict[str, float]:
         """Rate and distortion of one step."""
         mean, std = self._channels()
-        symbols = ((self._latents() - mean) / (std * step)).round().transpose(0, 1).flatten(1).numpy()  # (C, N * ...)
-        bits = sum(entropy_bits(channel) for channel in symbols) * symbols.shape[1] / len(self.kept)
+        symbols = independent_values(self.codec.autoencoder, ((self._latents() - mean) / (std * step)).round())
+        bits = sum(entropy_bits(channel.numpy()) * channel.shape[1] for channel in symbols)
 
         def rounded(z: Tensor) -> Tensor:
             return ((z.double() - mean) / (std * step)).round() * (std * step) + mean
@@ -98,14 +100,15 @@ class AlteredLatents:
             generator = torch.Generator().manual_seed(0)
 
             def noisy(z: Tensor, noise: float = noise, generator: torch.Generator = generator) -> Tensor:
-                return z.double() + noise * std * torch.randn(z.shape, generator=generator, dtype=torch.float64)
+                drawn = torch.randn(z.shape, generator=generator, dtype=torch.float64)
+                return z.double() + noise * std * as_repeated(self.codec.autoencoder, drawn)
 
             curve.append({"noise": noise, "psnr": self._psnr(noisy)})
         return {"images": len(self.kept), "psnr_unaltered": unaltered, "curve": curve}
 
     @property
     def _pixels(self) -> int:
-        return math.prod(self.kept[0][2].shape[-2:])
+        return math.prod(self.kept[0][2].shape[1:])
 
     def _latents(self) -> Tensor:
         return torch.stack([z.double() for *_, z in self.kept])  # (N, C, ...)
@@ -120,13 +123,22 @@ class AlteredLatents:
     def _psnr(self, change: Callable[[Tensor], Tensor]) -> float:
         """Mean over images of what is decoded from changed latents; 100 dB for a perfect image."""
         values = []
-        for start in range(0, len(self.kept), BATCH):
-            _, keys, pixels, latents = zip(*self.kept[start : start + BATCH])
+        is_clip = self.kept[0][2].ndim == 4
+        batch = 1 if is_clip else BATCH
+        for start in range(0, len(self.kept), batch):
+            _, keys, pixels, latents = zip(*self.kept[start : start + batch])
             originals, z = torch.stack(pixels), torch.stack(latents)
+            frames = originals.shape[2] if is_clip else None
             z = self.codec.normalise(change(z).to(self.codec.device, z.dtype))
-            decoded = self.codec.decode(Latents(z, *originals.shape[-2:]), generator=self.noise(list(keys)))
-            values += psnr(to_uint8(decoded).cpu(), originals).clamp(max=PERFECT).tolist()
+            height, width = originals.shape[-2:]
+            decoded = self.codec.decode(Latents(z, height, width, frames), generator=self.noise(list(keys)))
+            values += psnr_of_each(to_uint8(decoded).cpu(), originals).clamp(max=PERFECT).tolist()
         return float(np.mean(values))
+
+
+def psnr_of_each(reconstructions: Tensor, originals: Tensor) -> Tensor:
+    """In dB, (B,), of uint8 images (B, 3, H, W), or as the mean over the frames of clips (B, 3, T, H, W)."""
+    return over_frames(psnr, reconstructions, originals) if originals.ndim == 5 else psnr(reconstructions, originals)
 
 
 def entropy_bits(symbols: np.ndarray) -> float:

@@ -10,6 +10,8 @@ from torch import nn
 
 from latentae.bench.codecs import ClassicalCodec, classical_codec
 from latentae.bench.folders import ReconstructionFolder, describe_folder, reconstruction_folder
+from latentae.bench.framewise import FramewiseCodec
+from latentae.bench.planes import has_planes
 from latentae.bench.speed import count_gmac, count_parameters, device_name
 from latentae.codec import LatentCodec
 from latentae.errors import RequestError
@@ -20,13 +22,14 @@ Model = str | Path | nn.Module | LatentCodec
 
 @dataclass
 class Contestant:
-    """An opened model and its name."""
+    """An opened model and its name; for ``clips``, an autoencoder of images goes frame by frame."""
 
     name: str
     model: nn.Module | LatentCodec | ClassicalCodec | ReconstructionFolder
     device: torch.device
     dtype: torch.dtype
     steps: int | None = None
+    clips: bool = False
 
     def codec(self) -> LatentCodec | ClassicalCodec | ReconstructionFolder:
         """The model on its device, decoding in ``steps``; a codec is otherwise taken as it is."""
@@ -35,6 +38,8 @@ class Contestant:
             return codec
         if not isinstance(codec, LatentCodec):
             codec = LatentCodec(codec, device=self.device, dtype=self.dtype)
+        if self.clips and not codec.is_video:
+            codec = FramewiseCodec.of(codec)
         return codec if self.steps is None else codec.with_inference_steps(self.steps)
 
     def identity(self) -> dict[str, Any]:
@@ -54,10 +59,12 @@ def open_contestants(
     dtype: str | torch.dtype,
     random_weights: bool,
     decode_steps: Sequence[int] = (),
+    clips: bool = False,
 ) -> list[Contestant]:
     """Open every model, on the CPU, so that a misspelt name is found at once and not after the others were measured.
 
-    One whose decoder samples is a contestant for each of ``decode_steps``.
+    One whose decoder samples is a contestant for each of ``decode_steps``. For ``clips`` a folder of reconstructions
+    is none.
 
     Raises:
         RequestError: there is no model, two have one name, no decoder takes steps, or the device or the dtype is none.
@@ -74,12 +81,12 @@ def open_contestants(
         name, model = entry if isinstance(entry, tuple) else (None, entry)
         if isinstance(model, str | Path):
             name = name or str(model)
-            opened: Any = classical_codec(str(model)) or reconstruction_folder(model)
+            opened: Any = classical_codec(str(model), clips=clips) or (None if clips else reconstruction_folder(model))
             opened = opened or load_model(model, random_weights=random_weights)
         else:
             opened = model
         inner = opened.autoencoder if isinstance(opened, LatentCodec) else opened
-        contestants.append(Contestant(name or type(inner).__name__, opened, where, precision))
+        contestants.append(Contestant(name or type(inner).__name__, opened, where, precision, clips=clips))
     if decode_steps:
         contestants = _by_steps(contestants, list(dict.fromkeys(decode_steps)))
     names = [contestant.name for contestant in contestants]
@@ -106,8 +113,10 @@ def _by_steps(contestants: list[Contestant], decode_steps: Sequence[int]) -> lis
     return found
 
 
-def describe(codec: LatentCodec | ClassicalCodec | ReconstructionFolder, size: int, seed: int) -> dict[str, Any]:
-    """What a model is, whatever the images are; arithmetic is counted for one image of ``size`` x ``size``.
+def describe(
+    codec: LatentCodec | ClassicalCodec | ReconstructionFolder, size: int, seed: int, frames: int | None = None
+) -> dict[str, Any]:
+    """What a model is, whatever the images are; arithmetic is counted for one image of ``size`` x ``size``, or a clip.
 
     Where the decoder samples, ``decoding`` says in how many steps and from the noise of which seed, else it is None.
     """
@@ -129,10 +138,11 @@ def describe(codec: LatentCodec | ClassicalCodec | ReconstructionFolder, size: i
         "temporal_ratio": codec.temporal_ratio,
         "latent_channels": codec.latent_channels,
         "floats_per_pixel": codec.latent_channels / codec.spatial_ratio**2,
+        **({"compression": autoencoder.compression} if has_planes(autoencoder) else {}),
         "normalisation": codec.normalisation,
         "decoding": {"steps": codec.num_inference_steps, "seed": seed} if codec.samples else None,
         "parameters": count_parameters(autoencoder),
-        "gmac": count_gmac(codec, size),
+        "gmac": count_gmac(codec, size, frames),
     }
 
 

@@ -13,11 +13,13 @@ from torch import Tensor
 from latentae.bench.plots import latent_structure
 from latentae.bench.report import Section
 from latentae.bench.results import DIAGNOSTICS_HEADER, diagnostics_rows
+from latentae.families.fourplane import PlaneGaussian
 from latentae.metrics.codebook import CodebookUsage, codes_of, indices_of
 from latentae.metrics.intrinsic_dimension import TwoNN
 from latentae.metrics.moments import EffectiveRank, PosteriorKL
 from latentae.metrics.spatial import SpatialCorrelation
 from latentae.metrics.spectrum import RadialSpectrum
+from latentae.nn.pixels import frames_of
 
 MOST_POINTS = 2000
 MOST_BYTES = 2**28  # of the sample that the intrinsic dimension is estimated from
@@ -43,11 +45,12 @@ class LatentDiagnostics:
         finite = z.isfinite().flatten(1).all(1)
         if quantizer is not None:
             self.codebook = self.codebook or CodebookUsage(codes_of(quantizer))
-            self.codebook.update(indices_of(quantizer, z[finite]))
+            usable = z[finite]
+            self.codebook.update(indices_of(quantizer, frames_of(usable) if z.ndim == 5 else usable))
         z, finite = z.detach().cpu(), finite.cpu()
         if places is not None:
             places = [place for place, is_finite in zip(places, finite.tolist()) if is_finite]
-        self._add_latents(z[finite], places)
+        self._add_latents(z[finite], places, is_grid=not isinstance(posterior, PlaneGaussian))
         if (moments := gaussian_moments(posterior)) is not None:
             mean, log_variance = (x.detach().cpu() for x in moments)
             finite = (mean.isfinite() & log_variance.isfinite()).flatten(1).all(1)
@@ -55,16 +58,17 @@ class LatentDiagnostics:
                 self.divergence = self.divergence or PosteriorKL(mean.shape[1])
                 self.divergence.update(mean[finite], log_variance[finite])
 
-    def _add_latents(self, z: Tensor, places: Sequence[int] | None) -> None:
+    def _add_latents(self, z: Tensor, places: Sequence[int] | None, is_grid: bool) -> None:
         if not len(z):
             return
-        if self.rank is None or self.dimension is None:
-            self.rank = EffectiveRank(z.shape[1])
+        if self.dimension is None:
             self.dimension = TwoNN(min(MOST_POINTS, MOST_BYTES // (4 * z[0].numel())))
-            if z.ndim > 3:  # tokens are no grid
+            self.rank = EffectiveRank(z.shape[1]) if is_grid else None
+            if is_grid and z.ndim > 3:  # tokens are no grid
                 self.spectrum, self.spatial = RadialSpectrum(z.shape[1]), SpatialCorrelation(z.shape[1])
-        self.rank.update(z)
         self.dimension.update(z, places)
+        if self.rank is not None:
+            self.rank.update(z)
         if self.spectrum is not None and self.spatial is not None:
             self.spectrum.update(z)
             self.spatial.update(z)
@@ -91,7 +95,9 @@ class LatentDiagnostics:
 
 
 def gaussian_moments(posterior: Any) -> tuple[Tensor, Tensor] | None:
-    """Mean and log variance of a diagonal Gaussian, or None of anything else."""
+    """Mean and log variance of a diagonal Gaussian, (B, C, ...), or None of anything else."""
+    if isinstance(posterior, PlaneGaussian):
+        return posterior.mean.transpose(1, 2), posterior.logvar.transpose(1, 2)  # of tokens, (B, C, N)
     mean, log_variance = getattr(posterior, "mean", None), getattr(posterior, "logvar", None)
     if not isinstance(mean, Tensor) or not isinstance(log_variance, Tensor) or posterior.deterministic:
         return None

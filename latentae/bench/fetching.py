@@ -14,7 +14,7 @@ from latentae.files import atomic_write
 from latentae.weights import WEIGHT_FILES, find_weight_file, search_folders
 
 TIMEOUT_SECONDS = 60
-NEEDS = {"lpips_alex": "alexnet", "lpips_vgg": "vgg16", "dists": "vgg16"}
+NEEDS = {"lpips_alex": "alexnet", "lpips_vgg": "vgg16", "dists": "vgg16", "rfvd": "i3d"}
 OF_INCEPTION = ("rfid", "fid", "kid", "precision", "recall")
 
 

@@ -1,6 +1,6 @@
-"""The images of a benchmark: decoded and cropped in threads, in one order, for every model the same pixels.
+"""The images or clips of a benchmark: decoded and cropped in threads, in one order, for every model the same pixels.
 
-An image that cannot be decoded is left out, counted and named once; the others are measured. Batches are the same
+One that cannot be decoded is left out, counted and named once; the others are measured. Batches are the same
 whoever takes them: where a process starts again, or several share the work, each sees whole batches of the one order.
 """
 
@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from latentae.bench.crops import Crop
+from latentae.data.clips import ClipSource
 from latentae.data.decode import BadImage, decode_image
 from latentae.data.sources import Item, Source
-from latentae.data.transforms import adm_center_crop, to_tensor
+from latentae.data.transforms import adm_center_crop
+from latentae.data.video import FrameChoice
 from latentae.errors import DataError
 from latentae.store.worker import PREFETCH_BYTES, prefetch
 
@@ -52,7 +54,10 @@ class ImageFacts:
 
 @dataclass(frozen=True)
 class Batch:
-    """Images of one batch: its number, their places in the order, their keys and pixels, uint8 (B, 3, size, size)."""
+    """Images of one batch: its number, their places in the order, their keys and pixels.
+
+    These are uint8 (B, 3, size, size), of clips (B, 3, T, size, size).
+    """
 
     number: int
     places: list[int]
@@ -63,21 +68,33 @@ class Batch:
 class ImageSet:
     """Square crops of the images of a source, streamed in batches as often as there are models.
 
-    ``facts`` fills up on the way.
+    ``facts`` fills up on the way. With a ``choice`` of a number of frames, these of each clip of a `ClipSource` are
+    what an image is without it.
     """
 
     def __init__(
         self,
-        source: Source,
+        source: Source | ClipSource,
         items: list[Item],
         size: int,
         batch_size: int,
         workers: int,
         crop: Crop = adm_center_crop,
+        choice: FrameChoice | None = None,
     ):
         self.source, self.items, self.size, self.crop = source, items, size, crop
-        self.batch_size, self.workers = batch_size, workers
+        self.batch_size, self.workers, self.choice = batch_size, workers, choice
         self.facts = ImageFacts()
+
+    @property
+    def frames(self) -> int | None:
+        """Of each clip; None of images."""
+        return self.choice.frames if self.choice else None
+
+    @property
+    def unit(self) -> str:
+        """What is measured, in the plural."""
+        return "clips" if self.choice else "images"
 
     @property
     def good(self) -> list[Item]:
@@ -111,23 +128,31 @@ class ImageSet:
             and place not in self.facts.bad
             and (keys is None or self.items[place].key in keys)
         ]
-        cost = 3 * self.size**2
+        cost = 3 * self.size**2 * (self.frames or 1)
         loaded = prefetch(self._load, chosen, workers=self.workers, cost=lambda _: cost, budget=PREFETCH_BYTES)
         for number, members in groupby(loaded, lambda pair: pair[0] // self.batch_size):
             crops = [(place, crop) for place, found in members if (crop := self._note(place, found)) is not None]
             if crops:
                 places = [place for place, _ in crops]
-                pixels = torch.stack([to_tensor(crop) for _, crop in crops])
+                pixels = torch.stack([torch.from_numpy(np.moveaxis(crop, -1, 0).copy()) for _, crop in crops])
                 yield Batch(number, places, [self.items[place].key for place in places], pixels)
 
     def _load(self, place: int) -> tuple[int, tuple[np.ndarray, str, bool] | BadImage]:
         """The crop, its digest and whether it was enlarged; called by threads, which leave ``facts`` alone."""
         try:
-            image = decode_image(self.source.read(self.items[place]))
+            crop, shape = self._read(self.items[place])
         except BadImage as error:
             return place, error
-        crop = self.crop(image, self.size)
-        return place, (crop, hashlib.sha256(crop.data).hexdigest(), min(image.shape[:2]) < self.size)
+        return place, (crop, hashlib.sha256(crop.data).hexdigest(), min(shape) < self.size)
+
+    def _read(self, item: Item) -> tuple[np.ndarray, tuple[int, int]]:
+        """The crop of an image or a clip, and the height and width before."""
+        if self.choice is None or not isinstance(self.source, ClipSource):
+            image = decode_image(self.source.read(item))
+            return self.crop(image, self.size), (image.shape[0], image.shape[1])
+        video = self.source.open(item)
+        frames = [self.crop(frame, self.size) for frame in video.frames(self.choice.numbers(video.info))]
+        return np.stack(frames), (video.info.height, video.info.width)
 
     def _note(self, place: int, found: tuple[np.ndarray, str, bool] | BadImage) -> np.ndarray | None:
         """The crop, if there is one; what is known of it goes into ``facts``."""

@@ -1,5 +1,6 @@
-"""One model's way through the images: encode, decode, and all that is counted on the way."""
+"""One model's way through the images or clips: encode, decode, and all that is counted on the way."""
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import partial
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentae.bench.altered import PERFECT, AlteredLatents
+from latentae.bench.altered import PERFECT, AlteredLatents, psnr_of_each
 from latentae.bench.checkpoints import Checkpoints
 from latentae.bench.codecs import ClassicalCodec
 from latentae.bench.diagnostics import LatentDiagnostics
@@ -19,18 +20,21 @@ from latentae.bench.images import Batch, ImageFacts, ImageSet
 from latentae.bench.interpolation import LatentInterpolation
 from latentae.bench.latents import LatentStatistics
 from latentae.bench.pairs import Pair
+from latentae.bench.planes import has_planes, independent_values
 from latentae.bench.processes import Processes
 from latentae.bench.quality import Measurement, Quality
 from latentae.bench.samples import Samples
 from latentae.bench.state import dump_state, load_state, merge, merge_attributes, metrics_of
 from latentae.codec import LatentCodec
 from latentae.console import Progress
-from latentae.metrics.image import psnr
 from latentae.nn.pixels import to_float, to_uint8
+from latentae.store.clips import check_frames
 from latentae.store.decode import noise_generator
 from latentae.store.worker import key_generator
 
 Competitor = LatentCodec | ClassicalCodec | ReconstructionFolder
+OF_GRIDS = ("spectrum", "spatial_correlation", "effective_rank")
+NO_GRID = "its latents are planes and have no common grid of places"
 
 
 class Pass:
@@ -85,7 +89,7 @@ class Pass:
         self.resized |= other.resized
 
     def results(self, size: int) -> dict[str, Any]:
-        """All figures that come from the images, of this size."""
+        """All figures that come from the images, of this size; of clips also ``floats_per_pixel`` of each frame."""
         quality = self.measurement.results()
         if self.resized:
             quality["warnings"].append(warn_of_resizing(self.resized, size))
@@ -93,6 +97,12 @@ class Pass:
             rate = self.files.rate() if self.files else None
             return {**quality, "latents": {}, "rate": rate, "noise_robustness": None}
         figures = self.statistics.results() | self.diagnostics.results()
+        autoencoder, frames = self.altered.codec.autoencoder, self.quality.frames
+        if has_planes(autoencoder) and self.statistics.shape:
+            quality["skipped"] |= dict.fromkeys(OF_GRIDS, NO_GRID)
+        if frames and self.statistics.shape:
+            floats = independent_values(autoencoder, torch.empty(1, *self.statistics.shape, device="meta"))
+            quality["floats_per_pixel"] = sum(map(torch.numel, floats)) / (frames * size**2)
         if self.equivariance:
             figures |= self.equivariance.results()
         if self.interpolation:
@@ -112,10 +122,10 @@ class FirstFiles:
         self.kept: list[tuple[int, float, float]] = []
 
     def add(self, places: list[int], reconstruction: "Reconstruction", originals: Tensor) -> None:
-        pixels = originals.shape[-2] * originals.shape[-1]
+        pixels = math.prod(originals.shape[2:])
         for place, bits, files, original in zip(places, reconstruction.bits, reconstruction.pixels, originals):
             if len(self.kept) < self.count:
-                quality = psnr(to_uint8(files[None]), original[None]).item()
+                quality = psnr_of_each(to_uint8(files[None]), original[None]).item()
                 self.kept.append((place, bits / pixels, min(quality, PERFECT)))
 
     def merge(self, other: "FirstFiles") -> None:
@@ -153,7 +163,7 @@ def measure(
         metric.to(device)
     images.facts = current.facts
     done = current.next_batch * images.batch_size
-    with Progress(name, len(images.items), done=done) as progress:
+    with Progress(name, len(images.items), images.unit, done) as progress:
         for batch in images.batches(current.next_batch, processes.rank, processes.count):
             keys, originals = batch.keys, batch.pixels
             reconstruction = reconstruct(codec, batch, images, sample=sample, seed=seed)
@@ -194,9 +204,9 @@ class Reconstruction:
     """What came of a batch.
 
     Attributes:
-        pixels: float, (B, 3, size, size), NaN where there is none.
+        pixels: float, (B, 3, size, size) or of clips (B, 3, T, size, size), NaN where there is none.
         latents: raw ones, (B, C, ...), and ``posterior``, of an autoencoder.
-        bits: of the file of each image, of a classical codec.
+        bits: of the file of each image, or of all files of a clip, of a classical codec.
         missing: of a folder, by the place of an image why it is not there.
         resized: of a folder, by the place of an image its size before.
     """
@@ -215,11 +225,13 @@ def reconstruct(codec: Competitor, batch: Batch, images: ImageSet, *, sample: bo
         pixels, missing, resized = codec.read(batch, images)
         return Reconstruction(pixels, missing=missing, resized=resized)
     if isinstance(codec, ClassicalCodec):
-        files = [codec.reconstruct(original.permute(1, 2, 0).numpy()) for original in batch.pixels]
-        pixels = torch.stack([torch.from_numpy(array).permute(2, 0, 1) for array, _ in files])  # (B, 3, size, size)
+        files = [codec.reconstruct(original.movedim(0, -1).numpy()) for original in batch.pixels]
+        pixels = torch.stack([torch.from_numpy(array).movedim(-1, 0) for array, _ in files])  # (B, 3, ...)
         return Reconstruction(to_float(pixels), bits=[bits for _, bits in files])
     latents = codec.encode(batch.pixels, sample=sample, generator=_generators(seed, batch.keys))
-    pixels = codec.decode(latents, generator=_noise(seed, batch.keys))  # (B, 3, size, size)
+    pixels = codec.decode(latents, generator=_noise(seed, batch.keys))  # (B, 3, ...)
+    if images.frames:
+        check_frames(codec, pixels[0], images.frames)
     return Reconstruction(pixels, codec.denormalise(latents.tensor), latents.posterior)
 
 

@@ -113,14 +113,14 @@ def _models(files: Sequence[Path], parts: Sequence[dict[str, Any]], marked: bool
 
 def _samples(files: Sequence[Path], parts: Sequence[dict[str, Any]], folder: Path | None) -> list[dict[str, Any]]:
     """The images that all of them show; with a folder, their files are copied there."""
-    by_key = [{row["key"]: row for row in part["samples"]} for part in parts]
-    shared = [row for row in parts[0]["samples"] if all(row["key"] in rows for rows in by_key)]
+    by_key = [{_shown(row): row for row in part["samples"]} for part in parts]
+    shared = [row for row in parts[0]["samples"] if all(_shown(row) in rows for rows in by_key)]
     merged = []
     for place, first in enumerate(shared):
-        row: dict[str, Any] = {"key": first["key"], "input": f"samples/{place:03d}-input.png", "models": []}
+        row: dict[str, Any] = {**first, "input": f"samples/{place:03d}-input.png", "models": []}
         copies = [(files[0].parent / first["input"], row["input"])]
         for file, rows in zip(files, by_key):
-            for entry in rows[first["key"]]["models"]:
+            for entry in rows[_shown(first)]["models"]:
                 index = len(row["models"])
                 names = {kind: f"samples/{place:03d}-model-{index}-{kind}.png" for kind in entry}
                 copies += [(file.parent / entry[kind], name) for kind, name in names.items()]
@@ -132,6 +132,11 @@ def _samples(files: Sequence[Path], parts: Sequence[dict[str, Any]], folder: Pat
             shutil.copyfile(source, folder / name)
         merged.append(row)
     return merged
+
+
+def _shown(row: dict[str, Any]) -> tuple[str, int | None]:
+    """The image, or the clip and its frame."""
+    return row["key"], row.get("frame")
 
 
 def _unique(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

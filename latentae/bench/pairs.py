@@ -25,8 +25,8 @@ class Pair:
     """Reconstructions and originals.
 
     Args:
-        pixels: decoded floats in about [-1, 1], (B, 3, H, W).
-        originals: uint8 (B, 3, H, W).
+        pixels: decoded floats in about [-1, 1], (B, 3, H, W), or of clips (B, 3, T, H, W).
+        originals: uint8 of the same shape.
         quantisation: of `QUANTISERS`.
     """
 

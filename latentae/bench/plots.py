@@ -10,6 +10,7 @@ from fractions import Fraction
 from typing import Any
 
 from latentae.bench.codecs import FORMATS
+from latentae.bench.quality import ROWS
 from latentae.bench.results import LABELS, format_metric
 from latentae.console import three_figures
 
@@ -179,11 +180,12 @@ def rate_distortion(models: Sequence[dict[str, Any]]) -> Plot | None:
 
 
 def cost_quality(models: Sequence[dict[str, Any]]) -> list[Plot]:
-    """PSNR, and rFID where it was measured, over arithmetic and over time; each needs two models to compare."""
+    """PSNR, and rFID or rFVD where it was measured, over arithmetic and over time; each needs two models to compare."""
     of_models = looks(models)
     plots = []
-    for metric, unit in (("psnr", ", dB"), ("rfid", ", lower is better")):
-        for cost, label in ((_gmac, "GMAC per image"), (_milliseconds, "ms per image")):
+    one = "clip" if any(ROWS["clips"] in model for model in models) else "image"
+    for metric, unit in (("psnr", ", dB"), ("rfid", ", lower is better"), ("rfvd", ", lower is better")):
+        for cost, label in ((_gmac, f"GMAC per {one}"), (_milliseconds, f"ms per {one}")):
             series = []
             for model in models:
                 price, quality = cost(model), (model.get("metrics") or {}).get(metric)
@@ -197,7 +199,7 @@ def cost_quality(models: Sequence[dict[str, Any]]) -> list[Plot]:
             name = LABELS[metric]
             axes = (f"{label}, encode + decode", f"{name}{unit}")
             title = f"{name} over {label.split()[0].replace('ms', 'time')}"
-            plots.append(Plot.of(title, series, *axes, logarithmic="x", downwards=metric == "rfid"))
+            plots.append(Plot.of(title, series, *axes, logarithmic="x", downwards=metric != "psnr"))
     return plots
 
 

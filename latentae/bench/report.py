@@ -32,8 +32,11 @@ from latentae.bench.results import (
     LABELS,
     cost_conditions,
     cost_rows,
+    extent,
     format_metric,
     rated_images,
+    rows_of,
+    unit_of,
 )
 from latentae.bench.tables import conditions, latent_statistics, results_table, worst_images
 from latentae.errors import MissingExtra
@@ -75,6 +78,9 @@ def write_report(results: dict[str, Any], path: str | Path, extra_sections: Sequ
     samples = _samples(results, Path(path).parent)
     page = environment.get_template("report.html").render(
         results=results,
+        unit=unit_of(results),
+        extent=extent(results["protocol"]),
+        shown=len({sample["key"] for sample in results["samples"]}),
         conditions=", ".join(dict.fromkeys([m["device"] for m in networks] + [m["dtype"] for m in networks])),
         table=results_table(results),
         plots={
@@ -151,7 +157,7 @@ def _notes(results: dict[str, Any]) -> list[tuple[str, str]]:
         notes += [(model["name"], warning) for warning in model.get("warnings", [])]
         notes += [(f"{model['name']}: {image['key']} left out", image["reason"]) for image in model.get("failed", [])]
     if results["images"]["enlarged"]:
-        notes.append(("Small images", f"{results['images']['enlarged']} were enlarged to the crop."))
+        notes.append((f"Small {unit_of(results)}", f"{results['images']['enlarged']} were enlarged to the crop."))
     notes += [(f"Left out: {bad['key']}", bad["explanation"]) for bad in results["images"]["quarantined"]]
     return notes
 
@@ -174,7 +180,8 @@ def _not_measured(models: list[dict[str, Any]]) -> list[tuple[str, str]]:
 def _samples(results: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     """The rows of ``results["samples"]`` with images as data URIs and with their figures, as numbers and as text."""
     rows = []
-    of_image = [{row["key"]: row for row in model.get("per_image", [])} for model in results["models"]]
+    of_image = [{row["key"]: row for row in rows_of(model)} for model in results["models"]]
+    frames = results["protocol"].get("frames")
     for sample in results["samples"]:
         measured = [model_rows.get(sample["key"]) for model_rows in of_image]
         figures = [
@@ -187,7 +194,7 @@ def _samples(results: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
         ]
         rows.append(
             {
-                "key": sample["key"],
+                "key": sample["key"] + (f", frame {sample['frame'] + 1} of {frames}" if "frame" in sample else ""),
                 "input": _embed_file(folder / sample["input"]),
                 "models": [
                     {

@@ -4,19 +4,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from latentae.bench.quality import METRICS
+from latentae.bench.quality import METRICS, ROWS
 from latentae.console import format_table, three_figures
 from latentae.errors import RequestError
 from latentae.files import read_json, write_json
 
 SCHEMA = 1
-DIGITS = {name: {"psnr": 2, "rfid": 3, "fid": 3, "kid": 6}.get(name, 4) for name in METRICS}
+FEWER_DIGITS = {"psnr": 2, "difference_psnr": 2, "flicker": 3, "rfvd": 2, "rfid": 3, "fid": 3, "kid": 6}
+DIGITS = {name: FEWER_DIGITS.get(name, 4) for name in METRICS}
 LABELS = {
     "psnr": "PSNR",
     "ssim": "SSIM",
     "ms_ssim": "MS-SSIM",
     "gmsd": "GMSD",
     "haarpsi": "HaarPSI",
+    "difference_psnr": "difference PSNR",
+    "flicker": "flicker",
+    "rfvd": "rFVD",
     "lpips_alex": "LPIPS alex",
     "lpips_vgg": "LPIPS vgg",
     "rfid": "rFID",
@@ -61,10 +65,28 @@ def measured_metrics(results: dict[str, Any]) -> list[str]:
     ]
 
 
+def unit_of(results: dict[str, Any]) -> str:
+    """What was measured: ``images`` or ``clips``."""
+    return results["images"].get("unit", "images")
+
+
+def rows_of(model: dict[str, Any]) -> list[dict[str, Any]]:
+    """The figures of each image or clip."""
+    return next((model[name] for name in ROWS.values() if name in model), [])
+
+
+def extent(protocol: dict[str, Any]) -> str:
+    """Of what size images or clips were measured, such as ``17 frames at 128 px``."""
+    frames = protocol.get("frames")
+    of_frames = f"{frames} frame{'s' * (frames != 1)} at " if frames else ""
+    return f"{of_frames}{protocol['size']} px"
+
+
 def row_name(model: dict[str, Any]) -> str:
     """The name of a model, and where some images could not be measured, of how many its figures are."""
     lacking = len(model.get("failed", []))
-    of = f", {model['images']:,} of {model['images'] + lacking:,} images" if lacking else ""
+    unit = "clips" if ROWS["clips"] in model else "images"
+    of = f", {model['images']:,} of {model['images'] + lacking:,} {unit}" if lacking else ""
     return model["name"] + of
 
 
@@ -75,9 +97,11 @@ def steps_label(model: dict[str, Any]) -> str:
 
 
 def shape_label(model: dict[str, Any]) -> str:
-    """The field's shorthand, such as f32c32, or t4f8c16 with time."""
+    """The field's shorthand, such as f32c32, or t4f8c16 with time; planes in the words of their model."""
     if model["spatial_ratio"] is None:  # a file
         return "–"
+    if "compression" in model:
+        return model["compression"]
     time = f"t{model['temporal_ratio']}" if model["temporal_ratio"] > 1 else ""
     return f"{time}f{model['spatial_ratio']}c{model['latent_channels']}"
 
@@ -87,7 +111,7 @@ def format_metric(name: str, value: float | None) -> str:
     return "–" if value is None else f"{value:.{DIGITS[name]}f}"
 
 
-COST_HEADER = ("model", "half", "parameters, M", "GMAC / image", "ms / batch", "peak memory, GiB")
+COST_HEADER = ("model", "half", "parameters, M", "GMAC", "ms / batch", "peak memory, GiB")
 
 
 def cost_rows(results: dict[str, Any]) -> list[list[str]]:
@@ -137,7 +161,8 @@ def grid_rows(models: Sequence[dict[str, Any]]) -> list[list[str]]:
 
 def cost_conditions(results: dict[str, Any]) -> str:
     """Under which conditions the figures of `cost_rows` were taken."""
-    text = f"GMAC: multiply-accumulates of one {results['protocol']['size']} px image"
+    one = unit_of(results).removesuffix("s")
+    text = f"GMAC: multiply-accumulates of one {one} of {extent(results['protocol'])}"
     if any(model.get("decoding") for model in results["models"]):
         text += ", of all steps where a decoder samples"
     speed = next((model["speed"] for model in results["models"] if model["speed"]), None)
@@ -145,7 +170,8 @@ def cost_conditions(results: dict[str, Any]) -> str:
         return text + "; speed was not measured."
     threads = f", {speed['threads']} threads" if speed["threads"] else ""
     return (
-        f"{text}; ms: median for a batch of {speed['batch_size']} at {speed['size']} px, {speed['dtype']}, "
+        f"{text}; ms: median for a batch of {speed['batch_size']} {one}{'s' * (speed['batch_size'] != 1)} at "
+        f"{speed['size']} px, {speed['dtype']}, "
         f"{speed['device']}{threads}; memory: {speed['memory_is']}."
     )
 
@@ -185,7 +211,8 @@ def rate_conditions(models: Sequence[dict[str, Any]]) -> str:
 def rated_images(models: Sequence[dict[str, Any]]) -> str:
     """Of which images the rates are; nothing if there are none."""
     counts = {model["rate"]["images"] for model in models if (model.get("rate") or {}).get("images")}
-    return f"the first {' to '.join(f'{n:,}' for n in sorted({min(counts), max(counts)}))} images" if counts else ""
+    unit = "clips" if any(ROWS["clips"] in model for model in models) else "images"
+    return f"the first {' to '.join(f'{n:,}' for n in sorted({min(counts), max(counts)}))} {unit}" if counts else ""
 
 
 DIAGNOSTICS_HEADER = (
@@ -213,7 +240,7 @@ def diagnostics_rows(models: Sequence[dict[str, Any]]) -> list[list[str]]:
                 "–" if share is None else f"{share:.1%}",
                 "–" if near is None else f"{near:.2f}",
                 "–" if rank is None else f"{rank:.1f} of {model['latent_channels']}",
-                "–" if dimension.get("two_nn") is None else f"{dimension['two_nn']:.1f} ({dimension['points']} images)",
+                "–" if dimension.get("two_nn") is None else f"{dimension['two_nn']:.1f} ({dimension['points']} points)",
                 "–" if kl is None else f"{kl:.3g}",
             ]
         )
@@ -226,7 +253,8 @@ def summarise(results: dict[str, Any]) -> str:
     with_speed = any(model["speed"] for model in results["models"])
     sampled = [model["decoding"] for model in results["models"] if model.get("decoding")]
     header = ["model", "latents", *(["decoder"] if sampled else []), *(LABELS[name] for name in metrics)]
-    header += ["encode img/s", "decode img/s"] if with_speed else []
+    per_second = "clips/s" if unit_of(results) == "clips" else "img/s"
+    header += [f"encode {per_second}", f"decode {per_second}"] if with_speed else []
     rows = []
     for model in results["models"]:
         row = [row_name(model), shape_label(model), *([steps_label(model) or "–"] if sampled else [])]
@@ -267,9 +295,9 @@ def summarise(results: dict[str, Any]) -> str:
 
 def _protocol_lines(part: dict[str, Any], metrics: Sequence[str]) -> list[str]:
     protocol = part["protocol"]
-    shown = ["crop", "range", "encode", "dtype", "quantisation", *metrics, "remark"]
+    shown = ["fps", "stride", "start", "crop", "range", "encode", "dtype", "quantisation", *metrics, "remark"]
     return [
         f"protocol {protocol['preset']} ({protocol['of']}), {part['protocol_sha256'][:12]}: {protocol['images']} "
-        f"images of {protocol['size']} px",
-        *(f"  {name}: {protocol[name]}" for name in shown if name in protocol),
+        f"{'clips' if 'frames' in protocol else 'images'} of {extent(protocol)}",
+        *(f"  {name}: {protocol[name]}" for name in shown if protocol.get(name) is not None),
     ]

@@ -1,7 +1,7 @@
-"""`bench`: one pass over the images for each model, and from it every figure.
+"""`bench`: one pass over the images or clips for each model, and from it every figure.
 
 The way of an image: decode, ADM centre crop, encode, decode, clamp, round half up to uint8; all metrics see that one
-uint8 pair.
+uint8 pair. A clip is an image with an axis more.
 """
 
 from collections.abc import Sequence
@@ -26,14 +26,16 @@ from latentae.bench.probe_report import probe_section
 from latentae.bench.probing import probe_benchmarked
 from latentae.bench.processes import Processes
 from latentae.bench.protocol import describe_machine, describe_protocol, versions
-from latentae.bench.quality import Quality, expand_metric_names
+from latentae.bench.quality import OF_IMAGES, Quality, expand_metric_names
 from latentae.bench.report import Section, require_report, write_report
-from latentae.bench.results import SCHEMA, write_results
+from latentae.bench.results import SCHEMA, rows_of, write_results
 from latentae.bench.samples import Samples
 from latentae.bench.speed import SpeedGrid, measure_speed, reference_cost
 from latentae.codec import LatentCodec
 from latentae.console import say
-from latentae.data.sources import Source, open_source, refuse_output_in_input
+from latentae.data.clips import ClipSource, open_inputs
+from latentae.data.sources import Source, refuse_output_in_input
+from latentae.data.video import FrameChoice
 from latentae.errors import RequestError
 from latentae.files import sha256_json
 from latentae.store.worker import check_max_bad, refuse_too_many_bad
@@ -43,11 +45,12 @@ SMALLEST_SIZE = 32  # what the perceptual networks and the SSIM window still tak
 
 
 def bench(
-    src: str | Path | Source,
+    src: str | Path | Source | ClipSource,
     models: Sequence[Model | tuple[str, Model]],
     *,
     out: str | Path | None = None,
     size: int = 256,
+    frames: int | FrameChoice | None = None,
     limit: int | None = None,
     metrics: Sequence[str] | None = None,
     protocol: str = "latentae",
@@ -56,7 +59,7 @@ def bench(
     fetch_weights: bool = False,
     sample: bool | None = None,
     seed: int = 0,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype = torch.float32,
     max_bad: float = 0.01,
@@ -74,14 +77,17 @@ def bench(
     baselines: Sequence[dict[str, Any]] = (),
     extra_sections: Sequence[Section] = (),
 ) -> dict[str, Any]:
-    """Measure autoencoders on the images of a folder.
+    """Measure autoencoders on the images of a folder, or on its clips.
 
     Args:
-        src: a folder of images, an image file, or a source.
+        src: a folder of images, an image file, or a source; with ``frames`` of clips.
         models: what `latentae.load` opens, an autoencoder, or a codec; with a name of its own as ``(name, model)``.
-            ``jpeg:75``, ``webp:80`` and ``avif:60`` are classical codecs of that quality, as reference points.
+            ``jpeg:75``, ``webp:80`` and ``avif:60`` are classical codecs of that quality, as reference points, and of
+            clips ``h264:23``. Autoencoders of images take clips frame by frame.
         out: folder for ``results.json``, ``report.html`` and ``samples/``; None writes nothing.
         size: side of the square crop in pixels.
+        frames: how many of each clip, from its first on, or also which; None for images. Where it is given, folders of
+            images and animations are clips too, and a clip that is shorter is a broken one.
         limit: measure only the first images, in the order of their names.
         metrics: names of `latentae.bench.quality.METRICS`, or ``lpips`` for both nets; those that need no weights
             are always measured. By default all whose weight files are here; the others are recorded as skipped, with
@@ -92,6 +98,7 @@ def bench(
         fetch_weights: download what the metrics need and is nowhere, into the first folder that is searched.
         sample: encode to a sample of the posterior instead of its mode; by default as the protocol says.
         seed: with the name of an image, the seed of its sample and of decoders that draw noise.
+        batch_size: images at a time, by default 8; or clips, by default 1.
         device, dtype: where and in which precision models run, by default a GPU if there is one and float32; codecs
             are taken as they are.
         max_bad: how many images may be broken, as a share of all (float) or as a number (int); of a folder of
@@ -118,7 +125,8 @@ def bench(
     Returns:
         The content of ``results.json``: ``models[i]`` has ``name``, ``metrics``, ``intervals`` (95 %, bootstrap over
         images), ``skipped``, ``warnings``, ``latents``, ``rate``, ``noise_robustness``, ``speed``, ``probe`` and
-        ``per_image`` rows; beside them ``protocol`` with its hash, ``versions``, ``machine`` and ``images``.
+        ``per_image`` or ``per_clip`` rows; beside them ``protocol`` with its hash, ``versions``, ``machine`` and
+        ``images``, which clips are too.
 
     Raises:
         RequestError: a model, option or metric that cannot be had; nothing was measured.
@@ -127,6 +135,7 @@ def bench(
     lowest = {"size": SMALLEST_SIZE, "batch_size": 1, "limit": 1, "equivariance": 0, "interpolation": 0}
     given = {"size": size, "batch_size": batch_size, "limit": limit, "equivariance": equivariance}
     given |= {"interpolation": interpolation, "rate_images": rate_images, "report_images": report_images}
+    choice = FrameChoice(frames) if isinstance(frames, int) else frames
     for option, value in given.items():
         if value is not None and value < lowest.get(option, 0):
             raise RequestError(f"{option}={value}: it must be at least {lowest.get(option, 0)}.")
@@ -135,16 +144,28 @@ def bench(
     if folder:
         refuse_output_in_input(src, folder)
         require_report()
-    source = open_source(src) if isinstance(src, str | Path) else src
+    source = open_inputs(src, clips=choice is not None) if isinstance(src, str | Path) else src
     preset = find_preset(protocol)
+    if isinstance(source, ClipSource):
+        only_of_images = {"fid_reference": fid_reference, "equivariance": equivariance, "interpolation": interpolation}
+        _check_clips(choice, protocol, {**only_of_images, "probe": probe})
+    elif choice:
+        raise RequestError("frames are of clips, and the source holds images: leave frames out, or give a ClipSource.")
+    batch_size = batch_size or (1 if choice else 8)
     sample = preset.encode == "sample" if sample is None else sample
-    images = ImageSet(source, source.items()[:limit], size, batch_size, workers, CROPS[preset.crop][0])
+    images = ImageSet(source, source.items()[:limit], size, batch_size, workers, CROPS[preset.crop][0], choice)
     with weights_from(weights):
         if fetch_weights:
-            fetch(expand_metric_names(preset.reports if metrics is None else metrics))
-        quality = Quality(metrics, size, preset, fid_reference)
+            wanted = [name for name in preset.reports if name not in OF_IMAGES] + ["rfvd"] if choice else preset.reports
+            fetch(expand_metric_names(wanted if metrics is None else metrics, clips=choice is not None))
+        quality = Quality(metrics, size, preset, fid_reference, images.frames)
     contestants = open_contestants(
-        models, device=device, dtype=dtype, random_weights=random_weights, decode_steps=decode_steps
+        models,
+        device=device,
+        dtype=dtype,
+        random_weights=random_weights,
+        decode_steps=decode_steps,
+        clips=choice is not None,
     )
     if probe:
         split_images(images)  # refuses too few
@@ -162,7 +183,10 @@ def bench(
                 **describe_protocol(images, quality, sample=sample, seed=seed, dtype=str(dtype)),
                 "images": None,
             },
-            "metrics": [*quality.per_image, *quality.distances, *quality.sampled, quality.weights],
+            "metrics": [
+                *(*quality.per_image, *quality.of_time, *quality.distances, *quality.sampled),
+                quality.weights,
+            ],
             "options": {
                 "batch_size": batch_size,
                 "equivariance": equivariance,
@@ -178,7 +202,7 @@ def bench(
         measured = checkpoints.finished
         if measured:
             images.facts = ImageFacts.from_json(measured[-1]["images"])
-            samples.choose_worst(measured[0]["model"]["per_image"])
+            samples.choose_worst(rows_of(measured[0]["model"]))
         rated = _rated_images(rate_images, contestants)
         for index in range(len(contestants)):
             contestant = contestants.pop(0)  # and with it goes its memory
@@ -215,8 +239,9 @@ def bench(
                     speed_batch = speed_batch_size or (batch_size if codec.device.type == "cuda" else 1)
                     timing, grid = None, list[dict[str, Any]]()
                     if speed and figures["images"] and isinstance(codec, LatentCodec):
-                        timing = measure_speed(codec, size, speed_batch)
-                        grid = speed_grid.measure(codec, size, speed_batch) if speed_grid else []
+                        timing = measure_speed(codec, size, speed_batch, frames=images.frames)
+                        if speed_grid:
+                            grid = speed_grid.measure(codec, size, speed_batch, frames=images.frames)
                     probed: dict[str, Any] = {}
                     if probe and figures["images"] and isinstance(codec, LatentCodec):
                         images.facts = whole.facts
@@ -226,7 +251,7 @@ def bench(
                     entry = {
                         "model": {
                             "name": name,
-                            **describe(codec, size, seed),
+                            **describe(codec, size, seed, images.frames),
                             **figures,
                             "speed": timing,
                             "speed_grid": grid,
@@ -234,7 +259,8 @@ def bench(
                         },
                         "images": whole.facts.to_json(),
                         "reference_cost": reference_cost(codec, size, speed_batch if timing else None)
-                        if isinstance(codec, LatentCodec) and codec.samples and not priced  # steps have a price
+                        # steps have a price
+                        if isinstance(codec, LatentCodec) and codec.samples and not (priced or choice)
                         else None,
                     }
                     for warning in figures["warnings"]:
@@ -245,17 +271,18 @@ def bench(
                             images,
                             samples,
                             index,
-                            samples.choose_worst(figures["per_image"]),
+                            samples.choose_worst(rows_of(figures)),
                             sample=sample,
                             seed=seed,
                             quantisation=preset.quantisation,
                         )
                     checkpoints.finish(entry)
             except torch.OutOfMemoryError as error:
-                raise RequestError(f"{name} runs out of GPU memory: use less than batch_size={batch_size}.") from error
+                less = f"batch_size={batch_size}" if batch_size > 1 or not images.frames else f"frames={images.frames}"
+                raise RequestError(f"{name} runs out of GPU memory: use less than {less}.") from error
             measured.append(processes.share(entry))
             if index == 0:
-                samples.choose_worst(measured[0]["model"]["per_image"])
+                samples.choose_worst(rows_of(measured[0]["model"]))
             images.facts = ImageFacts.from_json(measured[-1]["images"])
         results = _results(src, images, quality, [entry["model"] for entry in measured], sample, seed)
         results["reference_cost"] = next((e["reference_cost"] for e in measured if e["reference_cost"]), None)
@@ -274,12 +301,18 @@ def bench(
     bad = [error.reason for error in images.bad.values()]
     _refuse_too_many_missing(results, bad, len(images.items), max_bad, remedy)
     if images.bad and processes.is_first:
-        say(f"{len(images.bad)} of {len(images.items)} images are bad and were left out, {min(images.bad)} first.")
+        what = f"{len(images.bad)} of {len(images.items)} {images.unit} are bad and were left out"
+        say(f"{what}, {min(images.bad)} first.")
     return results
 
 
 def _results(
-    src: str | Path | Source, images: ImageSet, quality: Quality, models: list[dict[str, Any]], sample: bool, seed: int
+    src: str | Path | Source | ClipSource,
+    images: ImageSet,
+    quality: Quality,
+    models: list[dict[str, Any]],
+    sample: bool,
+    seed: int,
 ) -> dict[str, Any]:
     protocol = describe_protocol(images, quality, sample=sample, seed=seed, dtype=_common(models, "dtype"))
     return {
@@ -291,6 +324,7 @@ def _results(
         "metric_weights_sha256": quality.weights,
         "images": {
             "source": str(src) if isinstance(src, str | Path) else type(src).__name__,
+            **({"unit": images.unit} if images.choice else {}),
             "measured": len(images.good),
             "enlarged": len(images.facts.enlarged),
             "quarantined": [
@@ -300,6 +334,17 @@ def _results(
         },
         "models": models,
     }
+
+
+def _check_clips(choice: FrameChoice | None, protocol: str, only_of_images: dict[str, Any]) -> None:
+    """Refuse what cannot be had of clips."""
+    if choice is None or choice.frames is None:
+        raise RequestError("These are clips: say how many frames of each are measured, such as --frames 17.")
+    if protocol != "latentae":
+        raise RequestError(f"protocol={protocol}: the papers' protocols are of images; leave it out for clips.")
+    for option, value in only_of_images.items():
+        if value:
+            raise RequestError(f"{option} is measured on images, not on clips: leave it out.")
 
 
 def _common(models: list[dict[str, Any]], key: str) -> str:

@@ -31,20 +31,22 @@ DTYPES = ("float32", "bfloat16", "float16")
 ENOUGH_SECONDS = 20.0  # a slow model is measured fewer times, but at least three
 
 
-def measure_speed(codec: LatentCodec, size: int, batch_size: int = 1, repeats: int = 20) -> dict[str, Any]:
-    """Time ``codec.encode`` and ``codec.decode`` at ``size`` x ``size``.
+def measure_speed(
+    codec: LatentCodec, size: int, batch_size: int = 1, repeats: int = 20, frames: int | None = None
+) -> dict[str, Any]:
+    """Time ``codec.encode`` and ``codec.decode`` at ``size`` x ``size``, of images, or of clips of so many frames.
 
     Of a decoder of ours that samples, ``decode`` is the whole image, and ``decode_step`` one run of the denoiser: the
     difference that steps make.
 
     Returns:
-        The conditions, and for ``encode`` and ``decode`` each ``images_per_second`` with its quartiles,
+        The conditions, and for ``encode`` and ``decode`` each ``images_per_second`` (or clips) with its quartiles,
         ``seconds_per_batch`` (median), ``repeats`` and ``peak_memory_bytes``: allocated on a CUDA device, resident in
         the whole process on Linux, else None.
     """
     generator = torch.Generator().manual_seed(0)
     steps = codec.num_inference_steps
-    pixels = (torch.rand(batch_size, 3, size, size, generator=generator) * 2 - 1).to(codec.device)
+    pixels = (torch.rand(_shape(batch_size, size, frames), generator=generator) * 2 - 1).to(codec.device)
     latents = codec.encode(pixels)
     timed = {
         "encode": _time(lambda: codec.encode(pixels), codec.device, batch_size, repeats),
@@ -67,6 +69,10 @@ def measure_speed(codec: LatentCodec, size: int, batch_size: int = 1, repeats: i
         "memory_is": "allocated on the device" if codec.device.type == "cuda" else "resident in the process",
         **timed,
     }
+
+
+def _shape(batch_size: int, size: int, frames: int | None) -> tuple[int, ...]:
+    return (batch_size, 3, size, size) if frames is None else (batch_size, 3, frames, size, size)
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,9 @@ class SpeedGrid:
     def __bool__(self) -> bool:
         return bool(self.sizes or self.dtypes or self.compiled)
 
-    def measure(self, codec: LatentCodec, size: int, batch_size: int, repeats: int = 20) -> list[dict[str, Any]]:
+    def measure(
+        self, codec: LatentCodec, size: int, batch_size: int, repeats: int = 20, frames: int | None = None
+    ) -> list[dict[str, Any]]:
         """`measure_speed` under each condition, with ``compiled``; where a condition fails, its ``reason``."""
         rows = []
         for side in self.sizes or (size,):
@@ -103,14 +111,14 @@ class SpeedGrid:
                 for compiled in (False, True) if self.compiled else (False,):
                     row: dict[str, Any] = {"size": side, "dtype": dtype, "compiled": compiled}
                     try:
-                        other = LatentCodec(autoencoder, compile=compiled)
+                        other = type(codec)(autoencoder, compile=compiled)
                         if codec.num_inference_steps:
                             other = other.with_inference_steps(codec.num_inference_steps)
                         if compiled:
                             started = time.perf_counter()
-                            other.reconstruct(torch.zeros(batch_size, 3, side, side))
+                            other.reconstruct(torch.zeros(_shape(batch_size, side, frames)))
                             row["compile_seconds"] = time.perf_counter() - started
-                        row |= measure_speed(other, side, batch_size, repeats)
+                        row |= measure_speed(other, side, batch_size, repeats, frames)
                     except (RuntimeError, NotImplementedError, RequestError) as error:  # out of memory among them
                         row["reason"] = (str(error).splitlines() or [type(error).__name__])[0]
                     rows.append(row)
@@ -181,20 +189,20 @@ def count_parameters(autoencoder: nn.Module) -> dict[str, int]:
     return {**count_halves(autoencoder), "total": sum(p.numel() for p in autoencoder.parameters())}
 
 
-def count_gmac(codec: LatentCodec, size: int) -> dict[str, Any]:
-    """10^9 multiply-accumulates of ``encode`` and ``decode`` of one ``size`` x ``size`` image.
+def count_gmac(codec: LatentCodec, size: int, frames: int | None = None) -> dict[str, Any]:
+    """10^9 multiply-accumulates of ``encode`` and ``decode`` of one ``size`` x ``size`` image, or of one clip.
 
     Convolutions, matrix products and attention count; norms and element-wise work do not (papers that say GFLOPs
     often mean these MACs). Where a decoder of ours samples, ``decode_step`` is one run of its denoiser, which
     ``decode`` holds as often as there are steps. ``{"reason": ...}`` where a model cannot run on fake tensors.
     """
     steps = codec.num_inference_steps
-    codec = LatentCodec(codec.autoencoder)  # neither compiled nor under autocast
+    codec = type(codec)(codec.autoencoder)  # neither compiled nor under autocast
     by_steps = steps is not None and isinstance(codec.autoencoder, Autoencoder)
     on_meta = codec.device.type == "meta"  # tensors without values already
     try:
         with contextlib.nullcontext() if on_meta else FakeTensorMode(allow_non_fake_inputs=True):
-            pixels = torch.empty(1, 3, size, size, device="meta" if on_meta else "cpu")
+            pixels = torch.empty(_shape(1, size, frames), device="meta" if on_meta else "cpu")
             with FlopCounterMode(display=False) as encode:
                 latents = codec.encode(pixels)
             with FlopCounterMode(display=False) as decode:

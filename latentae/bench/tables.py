@@ -3,11 +3,20 @@
 from typing import Any
 
 from latentae.bench.plots import is_reference
-from latentae.bench.quality import HIGHER_IS_BETTER
-from latentae.bench.results import LABELS, format_metric, measured_metrics, row_name, shape_label, steps_label
+from latentae.bench.quality import HIGHER_IS_BETTER, ROWS
+from latentae.bench.results import (
+    LABELS,
+    format_metric,
+    measured_metrics,
+    row_name,
+    rows_of,
+    shape_label,
+    steps_label,
+    unit_of,
+)
 from latentae.console import three_figures
 
-COST_COLUMNS = [("Encode", "images/s"), ("Decode", "images/s"), ("Memory", "peak"), ("Parameters", ""), ("GMAC", "")]
+COST_COLUMNS = 5
 
 
 def results_table(results: dict[str, Any]) -> dict[str, Any]:
@@ -17,6 +26,8 @@ def results_table(results: dict[str, Any]) -> dict[str, Any]:
     columns = [("Model", ""), ("Latents", "floats per pixel")]
     columns += [("Bits per pixel ↓", "PSNR with as many")] if with_rate else []
     columns += [(f"{LABELS[name]} {'↑' if HIGHER_IS_BETTER[name] else '↓'}", "95 % interval") for name in metrics]
+    columns += [(half, f"{unit_of(results)}/s") for half in ("Encode", "Decode")]
+    columns += [("Memory", "peak"), ("Parameters", ""), ("GMAC", "")]
     best = {name: _best(results["models"], name) for name in metrics}
     rows = []
     for model in results["models"]:
@@ -30,10 +41,8 @@ def results_table(results: dict[str, Any]) -> dict[str, Any]:
     for row in results.get("baselines", []):
         cells = [_cell("–")] * (2 if with_rate else 1)
         cells += [_cell(format_metric(name, row.get(name))) for name in metrics]
-        rows.append(
-            {"name": row["name"], "note": "baseline, no network", "cells": cells + [_cell("–")] * len(COST_COLUMNS)}
-        )
-    return {"columns": columns + COST_COLUMNS, "rows": rows}
+        rows.append({"name": row["name"], "note": "baseline, no network", "cells": cells + [_cell("–")] * COST_COLUMNS})
+    return {"columns": columns, "rows": rows}
 
 
 def latent_statistics(results: dict[str, Any]) -> list[list[str]]:
@@ -62,7 +71,7 @@ def worst_images(models: list[dict[str, Any]], count: int = 10) -> list[tuple[st
     """The names of the images with the lowest PSNR of all that were measured, for each model."""
     found = []
     for model in models:
-        rows = [row for row in model.get("per_image", []) if row.get("psnr") is not None]
+        rows = [row for row in rows_of(model) if row.get("psnr") is not None]
         rows = sorted(rows, key=lambda row: row["psnr"])[:count]
         found.append((model["name"], ", ".join(f"{row['key']} ({row['psnr']:.2f})" for row in rows)))
     return found
@@ -83,7 +92,8 @@ def conditions(model: dict[str, Any]) -> str:
             f"{speed['decode']['repeats']} runs with quartiles; memory {speed['memory_is']}"
         )
     reason = f": {model['gmac']['reason']}" if model["gmac"].get("reason") else ""
-    parts.append(f"GMAC of one image, encode + decode{reason}")
+    one = "clip" if ROWS["clips"] in model else "image"
+    parts.append(f"GMAC of one {one}, encode + decode{reason}")
     return "; ".join([*parts, "parameters in millions, encoder + decoder"])
 
 

@@ -11,12 +11,18 @@ intrinsic dimension and KL divergence from N(0, 1).
   torchrun --nproc_per_node 2 -m latentae bench photos/ --model runs/my-run --out report/
   latentae bench --merge report-a/ report-b/ --out both/
   latentae bench imagenet/val --suite public --out leaderboard/
+  latentae bench clips/ --model my-video-vae --model h264:23 --frames 17 --fps 8 --size 128 --out report/
 
 A model is a folder, a run of 'latentae fit', a checkpoint, a hub id or a preset; NAME=MODEL gives it a name. A folder
 of images holds reconstructions that something else made, by the names of their originals. jpeg:75, webp:80 and avif:60
 are files of that quality, as reference points. The table goes to standard output; --out writes results.json,
 report.html (opens offline) and the images that it shows. If it is killed, the same command continues from OUT/progress;
 under torchrun several processes share the images.
+
+With --frames N, the first N frames of each clip are measured: videos, animations and folders of frames, as for encode.
+A clip that is shorter or broken is left out and counted. Metrics of images are means over frames; difference PSNR and
+flicker stand beside them, and rFVD where its weight file is. Models of images go frame by frame; h264:23 is H.264 of
+that constant rate factor, for reference.
 """
 
 import argparse
@@ -34,21 +40,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "src",
         metavar="SRC",
         nargs="?",
-        help="images: a folder, a tar or parquet file, a csv, tsv or jsonl, or one image",
+        help="images: a folder, a tar or parquet file, a csv, tsv or jsonl, or one image; with --frames a folder of "
+        "clips, or one",
     )
     parser.add_argument(
         "--model", metavar="MODEL", action="append", default=[], help="what to measure; repeat for more"
     )
     parser.add_argument("--out", metavar="DIR", help="write results.json, report.html and samples/ there")
     parser.add_argument("--size", type=int, default=256, help="side of the square crop in pixels (default: 256)")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N images by name")
+    parser.add_argument("--frames", type=int, metavar="N", help="measure clips: so many frames of each, from its first")
+    parser.add_argument("--fps", metavar="F", help="frames per second of the clips, such as 8 (default: all there are)")
+    parser.add_argument("--stride", type=int, default=1, metavar="N", help="of these every N-th frame (default: 1)")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N images or clips by name")
     parser.add_argument(
         "--metrics",
         metavar="NAMES",
         help="comma-separated, from psnr, ssim, ms_ssim, gmsd, haarpsi, lpips (or lpips_alex, lpips_vgg), dists, rfid, "
-        "kid, precision, recall; one that is named here and cannot be measured is an error (default: all that can be)",
+        "kid, precision, recall, and of clips difference_psnr, flicker, rfvd; one that is named here and cannot be "
+        "measured is an error (default: all that can be)",
     )
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="images at a time (default: 8)")
+    parser.add_argument(
+        "--batch-size", type=int, metavar="N", help="images at a time (default: 8), or clips (default: 1)"
+    )
     parser.add_argument(
         "--equivariance",
         type=int,
@@ -149,6 +162,7 @@ def run(args: argparse.Namespace) -> int:
     from latentae.bench.run import bench
     from latentae.bench.speed import SpeedGrid
     from latentae.bench.suite import run_suite, summarise_suite
+    from latentae.store.clips import chosen_frames
 
     if args.probe_steps is not None and not args.probe:
         raise RequestError("--probe-steps is of the probe: add --probe.")
@@ -181,7 +195,12 @@ def run(args: argparse.Namespace) -> int:
         equivariance=args.equivariance,
         decode_steps=numbers("--decode-steps", args.decode_steps or ""),
     )
+    choice = chosen_frames(args.frames, args.fps, args.stride)
+    if choice and args.frames is None:
+        raise RequestError("--fps and --stride choose frames of clips: say how many, --frames N.")
     if args.suite:
+        if choice:
+            raise RequestError("--suite is a list of autoencoders of images: leave --frames out.")
         if args.model:
             raise RequestError("--suite names its models itself: leave --model out.")
         suite = run_suite(args.suite, args.src, out=args.out, **options)
@@ -192,7 +211,7 @@ def run(args: argparse.Namespace) -> int:
     if args.src is None or not args.model:
         raise RequestError("bench needs images and at least one --model: latentae bench SRC --model MODEL.")
     models = [name_and_model(text) for text in args.model]
-    results = bench(args.src, models, out=args.out, size=args.size, protocol=args.protocol, **options)
+    results = bench(args.src, models, out=args.out, size=args.size, frames=choice, protocol=args.protocol, **options)
     return _finish(args, results) if is_first_process() else 0
 
 

@@ -17,6 +17,7 @@ what to train
                               -phase2, -phase3, and so for dcae/f64c128 and dcae/f128c512; eq-vae/finetune-kl, -vq;
                               litevae/b-f8c12-128, -256, litevae/distill-f8c4; dito/b-f8c4, l-, xl-, b-f8c4-lpips,
                               dito/distill-one-step, dito/onto-sd-vae-phase1, -phase2, glpto/b-f8c4, swycc/f8c4;
+                              videos: fourplane/tiny, fourplane/t4f8c8;
                               latent diffusion: diffusion/tiny, diffusion/dit-f8p2, -f32p1, -f64p1; of videos
                               diffusion/planes, diffusion/planes-tiny; given more than once, later ones change
                               earlier ones, and options change them all; 'latentae stages' runs several
@@ -31,11 +32,14 @@ options of a recipe, each also a key of its YAML
   --data.size N               side of the random crops        --data.batch_size N   per device
   --data.val_sizes [256,512]  sides to validate on, each logged by itself (default: data.size)
   --data.workers N            processes that decode
+  --data.frames T             clips of T frames instead of images; --data.fps F and --data.stride N choose them; path is
+                              then a folder of videos or of folders of frames, and the model one of videos
   --trainer.max_steps N       length of the training          --trainer.precision   32-true or bf16-mixed
   --trainer.devices N         GPUs or processes               --trainer.val_check_interval N   in batches
   --model.autoencoder.preset NAME        what to build ('latentae presets' lists all), or .pretrained FOLDER or hub id
                                          or .diffusers CLASS, such as AutoencoderKL, with its arguments
   --model.autoencoder.init_from RUN      start from the averaged weights of an earlier stage
+  --model.autoencoder.inflate MODEL      a preset of FourPlane begins with the weights of an AutoencoderKL
   --model.autoencoder.padding_mode reflect  convolutions reflect their borders, against artefacts in corners
   --model.objective.TERM.weight W        terms by the names in the recipe; --model.objective.NAME CLASS adds one,
                                          --model.objective.NAME null leaves one out, such as lpips

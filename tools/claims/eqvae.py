@@ -54,8 +54,7 @@ lowers the errors of scales by 66 % (79 %) for 0.53 dB, but raises those of rota
 are the highest of their range. An earlier run, half EQ from a start that had not converged: -61 %, -25 %, -0.86 dB.
 
 The fine-tuned models are kept as folders that `latentae.load` and `latentae bench --equivariance` open. Whether the
-latents are easier to model is the other half of the claim; it waits for the latent diffusion trainer, and these folders
-are its arms.
+latents are easier to model is the other half of the claim: `probe` tries these folders as its arms.
 """
 
 import copy

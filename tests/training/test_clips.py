@@ -116,7 +116,20 @@ def test_a_run_on_clips_from_the_command_line(arguments, clip_folder, tmp_path, 
         assert picture.size == (5 * 18 - 2, 3 * len(held_out) * 18 - 2)
     assert fit_command([*arguments, "--trainer.max_steps=4", "--fork"]) == 0
 
-    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--data", str(clip_folder), "--size=16"]) == 0
+    assert (
+        main(
+            [
+                "export",
+                str(tmp_path / "run"),
+                str(tmp_path / "out"),
+                "--data",
+                str(clip_folder),
+                "--size=16",
+                "--frames=5",
+            ]
+        )
+        == 0
+    )
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert len(config["latents_mean"]) == len(config["latents_std"]) == 16
     assert config["scaling_factor"] == 1.0

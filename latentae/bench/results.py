@@ -67,7 +67,7 @@ def measured_metrics(results: dict[str, Any]) -> list[str]:
 
 def unit_of(results: dict[str, Any]) -> str:
     """What was measured: ``images`` or ``clips``."""
-    return results["images"].get("unit", "images")
+    return "clips" if "frames" in results["protocol"] else "images"
 
 
 def rows_of(model: dict[str, Any]) -> list[dict[str, Any]]:

@@ -657,3 +657,29 @@ def test_the_error_map_shows_eight_times_the_error(report, browser):
     middle = slice(20, -20)
     assert np.abs(shown - expected)[middle, middle].mean() < 6
     assert expected[middle, middle].std() > 20
+
+
+@pytest.mark.slow
+def test_the_viewer_shows_frames_of_clips(tmp_path, browser):
+    (tmp_path / "clips").mkdir()
+    for i in range(2):
+        clip = np.random.default_rng(i).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
+        np.save(tmp_path / "clips" / f"{i}.npy", clip)
+    models = [("good", Darken(0.95)), ("bad", Darken(0.6))]
+    results = bench(tmp_path / "clips", models, out=tmp_path / "out", size=32, frames=5, speed=False)
+    assert len(results["samples"]) == 6
+    browser.open(tmp_path / "out" / "report.html")
+    assert browser.evaluate("document.querySelectorAll('.strip button').length") == 6
+    browser.evaluate("document.getElementById('viewer').scrollIntoView()")
+    titles = []
+    for _ in range(3):
+        titles.append(browser.evaluate(TITLE))
+        browser.press("ArrowRight")
+    key = titles[0].split(",")[0]
+    assert titles == [f"{key}, frame {number} of 5" for number in (1, 3, 5)]
+    x, y = browser.centre(".handle")
+    width = browser.evaluate("document.querySelector('.stage').getBoundingClientRect().width")
+    browser.drag((x, y), (x + width / 4, y))
+    assert browser.evaluate(SPLIT) == pytest.approx(75, abs=1)
+    assert "difference PSNR" in browser.evaluate("document.querySelector('.pane figcaption').textContent")
+    assert browser.problems() == []

@@ -34,14 +34,14 @@ def test_both_halves_of_every_model_stand_apart(photo_folder, tmp_path):
         ("tiny", "decoder"),
     ]
     # 48 products for each of 1000 x 16 x 16 latents; as many parameters as weights and biases
-    assert [row["GMAC / image"] for row in rows[:2]] == ["0.0123", "0.0123"]
+    assert [row["GMAC"] for row in rows[:2]] == ["0.0123", "0.0123"]
     assert [row["parameters, M"] for row in rows[:2]] == ["0.049", "0.048"]
     assert "0.0123 + 0.0123" in (tmp_path / "report.html").read_text()
     speed = results["models"][1]["speed"]
     assert float(rows[2]["ms / batch"]) == pytest.approx(1e3 * speed["encode"]["seconds_per_batch"], rel=6e-3)
     assert float(rows[3]["ms / batch"]) == pytest.approx(1e3 * speed["decode"]["seconds_per_batch"], rel=6e-3)
     text = summarise(results)
-    assert "64 px image" in cost_conditions(results)
+    assert "one image of 64 px" in cost_conditions(results)
     assert cost_conditions(results) in text
     assert all(cell in text for row in cost_rows(results) for cell in row)
 

@@ -1,6 +1,7 @@
 """Stock autoencoders of diffusers, images and videos, as contestants: every class goes through the whole benchmark."""
 
 import diffusers
+import numpy as np
 import pytest
 
 from latentae.bench.run import bench
@@ -97,4 +98,27 @@ def test_every_stock_class_is_measured(photo_folder):
         assert 3 < model["metrics"]["psnr"] < 60, model["name"]
         assert model["rate"]["bits_per_pixel"] > 0
         assert model["latents"]["std"]
+        assert not model["failed"]
+
+
+@pytest.mark.slow
+def test_stock_classes_are_measured_on_clips(tmp_path):
+    """Those of videos whole, one of images frame by frame."""
+    ratios = {"AutoencoderKLWan": 4, "AutoencoderKLLTXVideo": 8, "AutoencoderKLCogVideoX": 4, "AutoencoderKLCosmos": 8}
+    for i in range(2):
+        y, x, t = np.mgrid[:64, :64, :9]
+        clip = np.stack([127 + 100 * np.sin((x + t) / (5 + c) + y / (9 + i)) for c in range(3)], -1)
+        np.save(tmp_path / f"{i}.npy", clip.transpose(2, 0, 1, 3).astype(np.uint8))
+    models = [(name, getattr(diffusers, name)(**STOCK[name][1])) for name in [*ratios, "AutoencoderKL"]]
+    results = bench(tmp_path, models, size=64, frames=9, speed=False, rate_images=1)
+    for model in results["models"]:
+        name, sides = model["name"], (64 // model["spatial_ratio"]) ** 2
+        assert model["temporal_ratio"] == ratios.get(name, 1)
+        frames = 1 + 8 // ratios[name] if name in ratios else 9
+        floats = model["latent_channels"] * frames * sides / (9 * 64**2)
+        assert model["floats_per_pixel"] == pytest.approx(floats), name
+        assert 3 < model["metrics"]["psnr"] < 60
+        assert model["metrics"]["flicker"] >= 0
+        assert model["rate"]["bits_per_pixel"] > 0
+        assert model["latents"]["spectrum"]
         assert not model["failed"]

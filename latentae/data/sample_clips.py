@@ -50,6 +50,11 @@ class SampleClips(Dataset[dict[str, Any]]):
         """Of the held-out clips; those to train on have no end, and this many are as good as an epoch."""
         return HELD_OUT
 
+    @property
+    def labelled(self) -> list[tuple[str, int]]:
+        """Keys with their labels: they have none."""
+        return [(f"{position}", -1) for position in range(len(self))]
+
     def __getitem__(self, position: int) -> dict[str, Any]:
         """The clip at a position: ``pixels`` uint8 (3, frames, size, size), its ``index``, its ``key``, and the label
         -1."""

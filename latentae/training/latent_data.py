@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from latentae.data.clip_dataset import ClipDataset
 from latentae.data.clips import ClipSource, open_inputs
 from latentae.data.images import ImageDataset, epoch_order
+from latentae.data.sample_clips import SampleClips
 from latentae.data.sources import Item, Source
 from latentae.data.transforms import adm_center_crop
 from latentae.errors import DataError, RequestError
@@ -190,6 +191,9 @@ class LatentData(ImageData):
                 StoredLatents(store, part, [(keys[i], labels[i]) for i in part], seed=seed)
                 for part, seed in ((trained, self.seed), (held_out, None))
             )
+        if self.frames is not None and path == SAMPLES:
+            options: dict[str, Any] = {"frames": self.frames, "size": self.size}
+            return SampleClips("train", seed=self.seed, **options), SampleClips("held_out", **options)
         if self.frames is not None:
             return self._open_clips(ClipSource(path), fraction)
         if path == SAMPLES:
@@ -199,7 +203,7 @@ class LatentData(ImageData):
             if isinstance(source, ClipSource):
                 raise RequestError(f"{path} holds clips: say how many frames to take of each with --data.frames.")
             sources = hold_out(source, fraction) if fraction < 1 else (source, source)
-        options: dict[str, Any] = {"size": self.size, "max_bad": self.max_bad}
+        options = {"size": self.size, "max_bad": self.max_bad}
         trained_on, held_out_of = sources
         return (
             CentreCrops(trained_on, seed=self.seed, flip=self.flip, **options),

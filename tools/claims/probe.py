@@ -28,8 +28,8 @@ reconstructions than plain fine-tuning's, by 5 % (interval -0.1 to 9.7), in its 
 from the images by 4 %, as its reconstructions are. Scale only gives blurrier images and worse samples in any unit. The
 rate falls (EQ by 3 %, scale only by 15 %) with what is lost of the image, and ranks nothing. Only in 7 of 12 cells are
 samples nearer to the reconstructions than those of the spectral Gaussian: at 18 dB and 0.19 bits per pixel these
-latents hold little more than a spectrum, so this experiment can hardly tell them apart. Next: codecs above PCA's PSNR, photos
-or shapes with structure, and the gpu tier.
+latents hold little more than a spectrum, so this experiment can hardly tell them apart. Next: codecs above PCA's PSNR,
+photos or shapes with structure, and the gpu tier.
 
 Each codec and seed is a cell that is kept in ``probe-models`` beside the figure and not run again, unless its weights
 or the settings change. The same command in another process takes other cells, and all end with the same report.

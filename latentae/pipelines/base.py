@@ -1,6 +1,7 @@
 """What pipelines of transformers that predict the velocity of latents share: classes, guidance, the way from noise."""
 
 import inspect
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
@@ -168,6 +169,8 @@ class FlowPipeline(DiffusionPipeline):  # type: ignore[misc]
         return int(label)
 
     def _check_call(self, class_labels: Any, guidance_scale: float, steps: int, output_type: str) -> None:
+        if not isinstance(guidance_scale, int | float) or not math.isfinite(guidance_scale):
+            raise RequestError(f"guidance_scale is a finite number, not {guidance_scale!r}.")
         if guidance_scale != 1 and self.num_classes == 1:
             raise RequestError("The model knows no classes, so nothing guides: leave guidance_scale out.")
         if guidance_scale != 1 and class_labels is None:

@@ -15,7 +15,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 
 from latentae.codec import LatentCodec
-from latentae.denoisers import ClassEmbedder
+from latentae.denoisers import ClassEmbedder, PlaneTransformer
 from latentae.errors import RequestError
 from latentae.nn.padding import padding_mode, set_padding_mode
 from latentae.pipelines.base import FlowPipeline, Generators, StepCallback, check_count
@@ -138,7 +138,10 @@ class ClassConditionalFlowPipeline(FlowPipeline):
         return pixels[:, :, 0] if codec.is_video else pixels
 
     def _check_components(self) -> None:
-        kind, channels = type(self.transformer).__name__, self.transformer.config.in_channels
+        kind = type(self.transformer).__name__
+        if isinstance(self.transformer, PlaneTransformer):
+            raise RequestError(f"A {kind} draws clips: open this with latentae.PlaneFlowPipeline.")
+        channels = self.transformer.config.in_channels
         if isinstance(self.transformer, DiTTransformer2DModel) == (self.class_embedder is not None):
             needed = "needs a" if self.class_embedder is None else "has a table of classes and takes no"
             raise RequestError(f"{kind} {needed} class_embedder.")

@@ -228,6 +228,9 @@ class PlaneFlowPipeline(FlowPipeline):
             )
 
     def _check_components(self) -> None:
+        if not isinstance(self.transformer, PlaneTransformer):
+            kind = type(self.transformer).__name__
+            raise RequestError(f"A {kind} draws images: open this with latentae.ClassConditionalFlowPipeline.")
         layout = self.layout
         if not isinstance(self.vae, FourPlane) or not self.vae.config.spatial_planes:
             name = type(self.vae).__name__

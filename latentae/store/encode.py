@@ -329,7 +329,7 @@ def _finish(
     bad = len(quarantine["key"])
     remedy = (
         f"All others are in the store, and {store / 'quarantine.parquet'} lists the bad ones: repair them and run "
-        "again with retry_failed, or accept them with a larger max_bad."
+        "again with --retry-failed, or accept them with a larger --max-bad."
     )
     refuse_too_many_bad(quarantine["reason"], plan.inputs, max_bad, remedy)
     reasons = dict(Counter(quarantine["reason"]).most_common())

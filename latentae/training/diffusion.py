@@ -220,7 +220,7 @@ class LatentDiffusionModule(TrainingModule):
         """Mean and standard deviation of each channel, over every position of draws from the first images."""
         trainer: Any = self.trainer
         images = min(self.normalisation_images, len(trainer.datamodule.train_set))
-        say(f"Measuring the mean and the spread of the latents on {images} images.")
+        say(f"Measuring the mean and the spread of the latents on the first {images} of the training samples.")
         sums = torch.zeros(3, len(self.latents_mean), dtype=torch.float64, device=self.device)
         for batch in trainer.datamodule.first(images):
             posterior = self.posterior({"pixels": batch["pixels"].to(self.device)})

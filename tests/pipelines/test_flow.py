@@ -254,6 +254,8 @@ def test_reflect_padding_comes_back(diffusion, autoencoder, tmp_path):
         ({"class_labels": 0, "latents": torch.zeros(1, 4, 4, 5)}, r"\(1, 4, 4, 5\); expected \(1, 4, 4, 4\)"),
         ({"class_labels": [0, 1], "generator": [torch.Generator()]}, "1 generators for 2 images"),
         ({"guidance_scale": 2.0}, "guidance_scale is for images of a class"),
+        ({"class_labels": 0, "guidance_scale": float("nan")}, "guidance_scale is a finite number, not nan"),
+        ({"class_labels": 0, "guidance_scale": "4"}, "guidance_scale is a finite number, not '4'"),
         ({"class_labels": 0, "callback_on_step_end_tensor_inputs": ["noise"]}, "not .'noise'."),
     ],
 )

@@ -267,3 +267,12 @@ def test_a_run_is_exported_by_the_command(planes, vae, tmp_path, capsys):
     )
     exec(compile(code, "card", "exec"), found := {})
     assert len(found["frames"]) == 5
+
+
+def test_each_pipeline_names_the_other_for_the_others_denoiser(planes, vae):
+    model, scheduler = planes(), FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(RequestError, match="draws clips: open this with latentae.PlaneFlowPipeline"):
+        latentae.ClassConditionalFlowPipeline(model.denoiser.transformer, vae(), scheduler)
+    transformer = create_denoiser({"preset": "dit-tiny"}, (4, 4, 4)).transformer
+    with pytest.raises(RequestError, match="draws images: open this with latentae.ClassConditionalFlowPipeline"):
+        PlaneFlowPipeline(transformer, vae(), scheduler)

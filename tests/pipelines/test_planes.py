@@ -271,8 +271,8 @@ def test_a_run_is_exported_by_the_command(planes, vae, tmp_path, capsys):
 
 def test_each_pipeline_names_the_other_for_the_others_denoiser(planes, vae):
     model, scheduler = planes(), FlowMatchEulerDiscreteScheduler()
-    with pytest.raises(RequestError, match="draws clips: open this with latentae.PlaneFlowPipeline"):
+    with pytest.raises(RequestError, match=r"draws clips: open this with latentae[.]PlaneFlowPipeline"):
         latentae.ClassConditionalFlowPipeline(model.denoiser.transformer, vae(), scheduler)
     transformer = create_denoiser({"preset": "dit-tiny"}, (4, 4, 4)).transformer
-    with pytest.raises(RequestError, match="draws images: open this with latentae.ClassConditionalFlowPipeline"):
+    with pytest.raises(RequestError, match=r"draws images: open this with latentae[.]ClassConditionalFlowPipeline"):
         PlaneFlowPipeline(transformer, vae(), scheduler)

@@ -130,7 +130,7 @@ def _drop_leaf(frames: Tensor, texture: Tensor, rng: np.random.Generator) -> Ten
     """Frames (T, 3, H, W) with a leaf in front, of its own motion, with a part of a texture."""
     size = frames.shape[-1]
     at = _motion(rng, len(frames), size, start=size / 3)
-    radius, corners, phase = rng.uniform(size / 12, size / 3), rng.integers(2, 7), rng.uniform(0, 2 * math.pi)
+    radius, corners, phase = rng.uniform(size / 12, size / 3), int(rng.integers(2, 7)), rng.uniform(0, 2 * math.pi)
     outline = radius * (1 + 0.25 * torch.cos(corners * torch.atan2(at[..., 1], at[..., 0]) + phase))
     cover = (outline - at.norm(dim=-1) + 0.5).clamp(0, 1)[:, None]  # (T, 1, H, W), soft over one pixel
     shift = torch.from_numpy(rng.uniform(-size / 2, size / 2, 2)).float()

@@ -257,7 +257,7 @@ def test_a_crashed_run_repeats_the_uninterrupted_one(runs, stores, tmp_path, acc
 def test_a_resumed_run_keeps_the_normalisation_that_it_measured(runs, classes, tmp_path, capsys):
     runs.fit(make_module("dc-ae-tiny", normalisation_images=2), make_data(classes), tmp_path, 1)
     before = load_diffusion(tmp_path)
-    assert "on 2 images" in capsys.readouterr().err
+    assert "on the first 2 of the training samples" in capsys.readouterr().err
     runs.fit(make_module("dc-ae-tiny", normalisation_images=8), make_data(classes), tmp_path, 2)
     assert "Measuring" not in capsys.readouterr().err
     torch.testing.assert_close(load_diffusion(tmp_path).std, before.std)

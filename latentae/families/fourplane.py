@@ -10,7 +10,7 @@ planes over the volume again, concatenates and fuses them. Latents grow with the
                                                                                  pixels ─ 3D decoder ─────────┘
 
 The public text gives the planes, mean pooling and concatenation as the better choices; all widths are ours. The nets
-are those of the Stable Diffusion VAE with a third dimension, so that its weights can be taken over: `inflate`.
+are those of the Stable Diffusion VAE with a third dimension: `latentae.loading.inflation` takes its weights over.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ from latentae.nn.planes import PlaneLayout
 from latentae.nn.precision import widen
 from latentae.nn.tiling import blend_tiles
 
-__all__ = ["FourPlane", "PlaneGaussian", "PlaneLayout", "inflate", "time_weights"]
+__all__ = ["FourPlane", "PlaneGaussian", "PlaneLayout", "time_weights"]
 
 TIME_WEIGHTS = ("halves", "hat", "endpoints", "uniform")
 EPSILON = 1e-6
@@ -429,6 +429,11 @@ class FourPlane(Autoencoder):
         ratio, config = self.spatial_compression_ratio, self._internal_dict
         if not config["spatial_planes"]:
             raise RequestError("This FourPlane was made without planes (spatial_planes 0): its latents are a volume.")
+        if frames > config["window_frames"]:
+            raise RequestError(
+                f"A clip of {frames} frames has planes of its own for each window of {config['window_frames']}: ask "
+                "for the layout of one window, or make the autoencoder with more window_frames."
+            )
         return PlaneLayout(
             self._latent_frames(frames), -(-height // ratio), -(-width // ratio), config["spatial_planes"],
             config["plane_channels"],
@@ -587,73 +592,6 @@ class FourPlane(Autoencoder):
         """
         features = self._features(frames.unsqueeze(2))[:, :, 0]
         return self.encoder.heads[plane](features).chunk(2, dim=1)[0]
-
-
-def inflate(video: FourPlane, image: Any) -> list[str]:
-    """Take the weights of an image autoencoder over into a video one, which then does to images just what that does.
-
-    A 2D kernel becomes the last frame's part of a causal 3D kernel, or the middle one of the decoder's; the others are
-    zero. All planes' heads start as the image's; of the decoder's embeddings xy1's does and the others start at zero,
-    so that a still clip is decoded to its image.
-
-    Args:
-        video: of the same widths and layers.
-        image: diffusers' ``AutoencoderKL``.
-
-    Returns:
-        The names of the video autoencoder's weights that were taken over.
-
-    Raises:
-        RequestError: another class, or weights of other shapes.
-    """
-    if type(image).__name__ != "AutoencoderKL" or not video.config["spatial_planes"]:
-        raise RequestError(
-            f"inflate takes an AutoencoderKL into a FourPlane with planes, not {type(image).__name__} into one with "
-            f"spatial_planes {video.config['spatial_planes']}."
-        )
-    source, target = image.state_dict(), video.state_dict()
-    taken: dict[str, Tensor] = {}
-    for name, weight in source.items():
-        if name.startswith(("encoder.conv_out", "decoder.conv_in", "quant_conv", "post_quant_conv")):
-            continue
-        wanted = target.get(name)
-        if wanted is not None and wanted.ndim == 5:
-            inflated = torch.zeros_like(wanted)
-            frame = -1 if name.startswith("encoder.") or wanted.shape[2] == 1 else wanted.shape[2] // 2
-            if inflated[:, :, frame].shape == weight.shape:
-                inflated[:, :, frame] = weight
-            weight = inflated if inflated[:, :, frame].shape == weight.shape else weight
-        if wanted is None or wanted.shape != weight.shape:
-            has = "it has no such weight" if wanted is None else f"of shape {tuple(wanted.shape)}"
-            raise RequestError(f"inflate: {name} is of shape {tuple(weight.shape)}, in the video autoencoder {has}.")
-        taken[name] = weight
-    taken |= _inflated_heads(video, image)
-    video.load_state_dict({**target, **taken})
-    return list(taken)
-
-
-def _inflated_heads(video: FourPlane, image: Any) -> dict[str, Tensor]:
-    """The last convolution of the encoder with what follows it, and the first of the decoder with what precedes it."""
-    out, into = image.encoder.conv_out, image.decoder.conv_in
-    weight, bias = out.weight.detach(), out.bias.detach()
-    if image.quant_conv is not None:
-        mix = image.quant_conv.weight.detach()[:, :, 0, 0]
-        weight, bias = torch.einsum("om,mihw->oihw", mix, weight), mix @ bias + image.quant_conv.bias.detach()
-    taken: dict[str, Tensor] = {}
-    for name in video.encoder.heads:
-        taken |= {f"encoder.heads.{name}.weight": weight, f"encoder.heads.{name}.bias": bias}
-    identity = torch.eye(into.in_channels)[:, :, None, None]
-    mixed = (identity, torch.zeros(into.in_channels))
-    if image.post_quant_conv is not None:
-        mixed = (image.post_quant_conv.weight.detach(), image.post_quant_conv.bias.detach())
-    for name in video.decoder.embeds:
-        used = float(name == "xy1")
-        values = (*mixed, used * into.weight.detach(), used * into.bias.detach())
-        taken |= {
-            f"decoder.embeds.{name}.{key}": value
-            for key, value in zip(("0.weight", "0.bias", "1.weight", "1.bias"), values)
-        }
-    return taken
 
 
 FourPlane.__module__ = "latentae"

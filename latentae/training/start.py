@@ -12,9 +12,9 @@ from torch import nn
 
 from latentae.console import say
 from latentae.errors import RequestError
-from latentae.families.fourplane import inflate
 from latentae.families.presets import create, family_class, find_preset
 from latentae.loading import load
+from latentae.loading.inflation import inflate
 from latentae.loading.opening import LAST_CHECKPOINT
 from latentae.nn.padding import padding_mode, set_padding_mode
 from latentae.training.distillation import take_decoder, take_encoder, with_decoder_arguments, with_encoder_arguments

@@ -18,13 +18,13 @@ from torch.utils.data import Dataset
 from latentae.console import say
 from latentae.data.clips import ClipSource
 from latentae.data.decode import DEFAULT_POLICY, BadImage, DecodePolicy
-from latentae.data.images import epoch_order
+from latentae.data.images import epoch_order, refuse_too_many
 from latentae.data.sample_clips import moving_picture
 from latentae.data.sources import Item
 from latentae.data.sources.base import path_of
 from latentae.data.transforms import adm_center_crop, random_resized_crop_flip
 from latentae.data.video import ASSUMED_FPS, FrameChoice, Video, VideoInfo, frame_rate
-from latentae.errors import DataError, RequestError
+from latentae.errors import RequestError
 from latentae.files import read_json, write_json
 
 INFOS_IN_MEMORY = 4096  # of clips, in each process
@@ -164,11 +164,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         Raises:
             DataError: they are more than the share ``max_bad``, and more than one; or all.
         """
-        if bad > max(1, self.max_bad * len(self.items)) or bad == len(self.items):
-            raise DataError(
-                f"{bad} of {len(self.items)} clips are broken or too short, {self.items[last].key} the last of them, "
-                f"more than the share of {self.max_bad} that is let pass: remove or repair them."
-            )
+        refuse_too_many(bad, "clips are broken or too short", len(self.items), self.items[last].key, self.max_bad)
 
 
 def remembered_info(source: ClipSource, item: Item, policy: DecodePolicy, cache: Path | None) -> VideoInfo:

@@ -26,6 +26,24 @@ def epoch_order(length: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(length)
 
 
+def refuse_too_many(bad: int, what: str, total: int, last: str, max_bad: float) -> None:
+    """Stop training where too many samples are bad.
+
+    Args:
+        what: is wrong with ``bad`` of the ``total``, such as "images cannot be decoded".
+        last: key of the last bad one.
+        max_bad: share that is let pass; a single one always is, unless it is all there is.
+
+    Raises:
+        DataError: they are too many.
+    """
+    if bad > max(1, max_bad * total) or bad == total:
+        raise DataError(
+            f"{bad} of {total} {what}, {last} the last of them, more than the share of {max_bad} that is let pass: "
+            "remove or repair them."
+        )
+
+
 class ImageDataset(Dataset[dict[str, Any]]):
     """Square crops of a source's images.
 
@@ -146,8 +164,4 @@ class ImageDataset(Dataset[dict[str, Any]]):
         Raises:
             DataError: they are more than the share ``max_bad``, and more than one; or all.
         """
-        if bad > max(1, self.max_bad * len(self.items)) or bad == len(self.items):
-            raise DataError(
-                f"{bad} of {len(self.items)} images cannot be decoded, {self.items[last].key} the last of them, more "
-                f"than the share of {self.max_bad} that is let pass: remove or repair them."
-            )
+        refuse_too_many(bad, "images cannot be decoded", len(self.items), self.items[last].key, self.max_bad)

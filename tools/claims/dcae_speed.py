@@ -135,10 +135,17 @@ def denoiser_of(preset: str, space: Space, tier: Tier, blocks: nn.Module | None 
 def training_step(space: Space, tier: Tier) -> Callable[[], None]:
     """One step of flow matching with random latents; weights stay in float32 and bfloat16 is autocast."""
     denoiser = denoiser_of(tier.trained, space, tier).train()
-    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=1e-4)
     clean, noise = latent_noise(space, tier, 2 * tier.batch).chunk(2)
     t = torch.linspace(0.1, 0.9, tier.batch, device=tier.device)
     labels = torch.arange(tier.batch, device=tier.device)
+    return flow_step(denoiser, clean, t, noise, labels, tier)
+
+
+def flow_step(
+    denoiser: Any, clean: torch.Tensor, t: torch.Tensor, noise: torch.Tensor, labels: torch.Tensor, tier: Any
+) -> Callable[[], None]:
+    """Forward, backward and AdamW on the device and in the precision of a tier."""
+    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=1e-4)
     dtype = getattr(torch, tier.dtype)
 
     def step() -> None:

@@ -16,9 +16,9 @@ import torch
 from compare_speed import alternate, pairwise
 from torch.utils.flop_counter import FlopCounterMode
 
-from claims.dcae_speed import peak_memory
+from claims.dcae_speed import flow_step, peak_memory
 from latentae.console import format_table, say
-from latentae.denoisers import Denoiser, create_denoiser, velocity_errors
+from latentae.denoisers import Denoiser, create_denoiser
 from latentae.denoisers.planes import rotation_of
 from latentae.nn.planes import PlaneLayout
 
@@ -117,22 +117,10 @@ def giga_macs(way: str, shape: Shape) -> float:
 
 def training_step(way: str, shape: Shape, tier: CostTier) -> Callable[[], None]:
     denoiser = denoiser_of(way, shape, tier.blocks).to(tier.device).train()
-    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=1e-4)
     generator = torch.Generator().manual_seed(0)
     clean, noise = torch.randn(2, 1, *denoiser.latent_shape, generator=generator).to(tier.device)
     t, labels = torch.full((1,), 0.5, device=tier.device), torch.zeros(1, dtype=torch.long, device=tier.device)
-    dtype = getattr(torch, tier.dtype)
-
-    def step() -> None:
-        with torch.autocast(tier.device, dtype, enabled=dtype != torch.float32):
-            loss = velocity_errors(denoiser, clean, t, noise, labels).mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if tier.device == "cuda":
-            torch.cuda.synchronize()
-
-    return step
+    return flow_step(denoiser, clean, t, noise, labels, tier)
 
 
 def measure(tier: CostTier) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ Second half: what a diffusion transformer costs on planes and on a volume, see `
 
 Found on the cpu tier (`tools/results/fourplane.json`): the costs, not the quality. In 1500 steps of 2 clips no arm
 comes to the best linear code of its floats, so that which planes are better cannot be said: the arms with planes end
-within 0.4 dB of each other and 1.1 to 1.4 dB below the volume. Among linear codes, which are trained to the end, four
+within 0.4 dB of each other and 1.0 to 1.5 dB below the volume. Among linear codes, which are trained to the end, four
 planes are 0.8 dB above the doubled tri-plane on made clips, 0.4 below it on real ones, and above the volume on both.
 
 Every run is a cell that is kept in ``fourplane-cells`` beside the figure and not run again, unless the settings or the

@@ -3,11 +3,11 @@
 import errno
 import math
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 from latentae.data.decode import BadImage
@@ -27,13 +27,15 @@ FILE_ERRORS = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOT
 class Item:
     """One input. ``key`` is its relative posix path with extension, ``uri`` finds its bytes, ``size`` counts them.
 
-    The size is exact but for parquet files, which tell it without being read only on average.
+    The size is exact but for parquet files, which tell it without being read only on average. ``columns`` are what the
+    source carries along: a caption, the columns of a manifest.
     """
 
     key: str
     uri: str
     size: int
     label: int | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 class Source(Protocol):

@@ -1,0 +1,167 @@
+"""Items by the million: columns of Arrow instead of objects, which are made when they are looked at."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, overload
+
+import pyarrow
+import pyarrow.compute as pc
+
+from latentae.data.sources.base import Item
+from latentae.errors import RequestError
+
+SCHEMA = pyarrow.schema(
+    [
+        ("key", pyarrow.large_string()),
+        ("uri", pyarrow.large_string()),
+        ("bytes", pyarrow.int64()),
+        ("label", pyarrow.int64()),
+    ]
+)
+OWN_COLUMNS = frozenset(SCHEMA.names)
+ITEMS_AT_ONCE = 65536
+NO_COLUMNS: Mapping[str, Any] = MappingProxyType({})
+
+
+class ItemTable(Sequence[Item]):
+    """Items as a table: 10 million take about as many bytes as their keys and URIs have letters.
+
+    ``table`` has the columns ``key``, ``uri``, ``bytes``, ``label`` and, after these, what a source carries along of
+    its own (captions, columns of a manifest).
+    """
+
+    def __init__(self, table: pyarrow.Table):
+        self.table = table
+
+    @classmethod
+    def of(cls, items: Iterable[Item]) -> "ItemTable":
+        """A table of ``items``, in their order."""
+        builder = ItemTableBuilder()
+        for item in items:
+            builder.append(item.key, item.uri, item.size, item.label, item.columns)
+        return builder.finish()
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "ItemTable": ...
+
+    def __getitem__(self, index: int | slice) -> "Item | ItemTable":
+        if isinstance(index, slice):
+            start, stop, step = index.indices(len(self))
+            if step != 1:
+                return self.take(range(start, stop, step))
+            return ItemTable(self.table.slice(start, max(stop - start, 0)))
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"item {index} of {len(self)}")
+        return next(iter(ItemTable(self.table.slice(index % len(self), 1))))
+
+    def __iter__(self) -> Iterator[Item]:
+        carried = self.carried
+        for batch in self.table.to_batches(max_chunksize=ITEMS_AT_ONCE):
+            columns = [batch.column(i).to_pylist() for i in range(batch.num_columns)]
+            for key, uri, size, label, *values in zip(*columns):
+                yield Item(key, uri, size, label, MappingProxyType(dict(zip(carried, values))) if carried else NO_COLUMNS)
+
+    def take(self, indices: Any) -> "ItemTable":
+        """The items at ``indices``, in that order."""
+        return ItemTable(self.table.take(pyarrow.array(indices, pyarrow.int64())))
+
+    @property
+    def carried(self) -> list[str]:
+        """The names of the columns that are the source's own."""
+        return self.table.column_names[len(SCHEMA) :]
+
+    @property
+    def keys(self) -> pyarrow.ChunkedArray:
+        return self.table.column("key")
+
+    @property
+    def labels(self) -> pyarrow.ChunkedArray:
+        return self.table.column("label")
+
+    def sorted(self) -> "ItemTable":
+        """The same items in the order of their keys, letter by letter.
+
+        Raises:
+            RequestError: two items have one key.
+        """
+        keys = self.keys
+        ascending = len(self) < 2 or pc.all(pc.less(keys[:-1], keys[1:])).as_py()
+        table = self.table if ascending else self.table.take(pc.sort_indices(keys)).combine_chunks()
+        keys = table.column("key")
+        if not ascending and pc.any(same := pc.equal(keys[:-1], keys[1:])).as_py():
+            first = pc.index(same, True).as_py()
+            one, other = ItemTable(table.slice(first, 2))
+            raise RequestError(f"{one.uri} and {other.uri} would both get the key {one.key!r}: rename one.")
+        return ItemTable(table)
+
+
+class ItemTableBuilder:
+    """Collects items without keeping an object for each.
+
+    Values of carried columns may be numbers, booleans, text or None; an item that lacks a column has None there, and a
+    column of several types becomes text.
+    """
+
+    def __init__(self) -> None:
+        self._tables: list[pyarrow.Table] = []
+        self._rows: list[tuple[str, str, int, int | None]] = []
+        self._carried: dict[str, list[Any]] = {}
+
+    def append(
+        self, key: str, uri: str, size: int, label: int | None = None, columns: Mapping[str, Any] = NO_COLUMNS
+    ) -> None:
+        row = len(self._rows)
+        self._rows.append((key, uri, size, label))
+        for name, value in columns.items():
+            values = self._carried.setdefault(name, [])
+            values += [None] * (row - len(values))
+            values.append(value)
+        if len(self._rows) >= ITEMS_AT_ONCE:
+            self._flush()
+
+    def _flush(self) -> None:
+        columns = [pyarrow.array(values, field.type) for values, field in zip(zip(*self._rows), SCHEMA)]
+        table = pyarrow.table(columns, schema=SCHEMA)
+        for name, values in self._carried.items():
+            table = table.append_column(name, _carried_array(values + [None] * (len(self._rows) - len(values))))
+        self._tables.append(table)
+        self._rows, self._carried = [], {}
+
+    def finish(self) -> ItemTable:
+        """All items that were appended, in their order."""
+        if self._rows:
+            self._flush()
+        if not self._tables:
+            return ItemTable(SCHEMA.empty_table())
+        kinds: dict[str, set[pyarrow.DataType]] = {}
+        for table in self._tables:
+            for field in table.schema:
+                if not pyarrow.types.is_null(field.type):
+                    kinds.setdefault(field.name, set()).add(field.type)
+        for number, table in enumerate(self._tables):
+            for place, field in enumerate(table.schema):
+                if len(kinds.get(field.name, ())) > 1:
+                    table = table.set_column(place, field.name, _as_text(table.column(place)))
+            self._tables[number] = table
+        return ItemTable(pyarrow.concat_tables(self._tables, promote_options="permissive").combine_chunks())
+
+
+def _carried_array(values: list[Any]) -> pyarrow.Array:
+    """Values as Arrow has them; as text where they are of several types or Arrow has no word for them."""
+    try:
+        array = pyarrow.array(values)
+    except (pyarrow.ArrowException, OverflowError):
+        return pyarrow.array([None if value is None else str(value) for value in values], pyarrow.large_string())
+    return array.cast(pyarrow.large_string()) if pyarrow.types.is_string(array.type) else array
+
+
+def _as_text(column: pyarrow.ChunkedArray) -> pyarrow.ChunkedArray:
+    return pyarrow.chunked_array(
+        [[None if value is None else str(value) for value in column.to_pylist()]], pyarrow.large_string()
+    )

@@ -1,5 +1,6 @@
 """Files that are either whole or absent: atomic writes, hashes, canonical JSON."""
 
+import errno
 import hashlib
 import json
 import os
@@ -16,11 +17,17 @@ TEMPORARY_SUFFIX = ".tmp"
 
 
 @contextmanager
-def atomic_write(path: Path | str) -> Iterator[BinaryIO]:
+def atomic_write(path: Path | str, *, replace: bool = True) -> Iterator[BinaryIO]:
     """Open a binary file that appears under its name only when it is complete and on disk.
 
     The bytes go to a temporary name in the same folder; then fsync, rename, fsync of the folder. On any exception
     (disk full included) the temporary file is removed and whatever stood under ``path`` before stays untouched.
+
+    Args:
+        replace: whether a file of that name is replaced; else the first of several writers wins.
+
+    Raises:
+        FileExistsError: there is a file of that name, which was not to be replaced.
     """
     path = Path(path)
     temporary = path.with_name(f"{_host()}.{os.getpid()}.{uuid.uuid4().hex[:8]}{TEMPORARY_SUFFIX}")
@@ -29,13 +36,31 @@ def atomic_write(path: Path | str) -> Iterator[BinaryIO]:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(temporary, path)  # noqa: PTH105  (the name that fault tests intercept)
+        if replace:
+            os.replace(temporary, path)  # noqa: PTH105  (the name that fault tests intercept)
+        else:
+            _claim(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(path)
         raise
     fsync_folder(path.parent)
+
+
+def _claim(temporary: Path, path: Path) -> None:
+    """Rename, but never over another file."""
+    try:
+        os.link(temporary, path)  # noqa: PTH141
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        # a filesystem without hard links: two writers within microseconds are not told apart here
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from error
+        os.replace(temporary, path)  # noqa: PTH105
+        return
+    temporary.unlink()
 
 
 def fsync_folder(folder: Path) -> None:
@@ -47,10 +72,10 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_json(path: Path | str, value: Any) -> None:
+def write_json(path: Path | str, value: Any, *, replace: bool = True) -> None:
     """Write ``value`` atomically as indented JSON; NaN and infinity are refused because JSON has no word for them."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-    with atomic_write(path) as stream:
+    with atomic_write(path, replace=replace) as stream:
         stream.write(text.encode() + b"\n")
 
 

@@ -22,7 +22,7 @@ def adm_center_crop(image: np.ndarray, size: int) -> np.ndarray:
     Returns:
         uint8 (size, size, 3).
     """
-    picture = Image.fromarray(_limit_aspect(image))
+    picture = Image.fromarray(limit_aspect(image))
     while min(picture.size) >= 2 * size:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
     scale = size / min(picture.size)
@@ -61,7 +61,7 @@ def to_tensor(image: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(image.transpose(2, 0, 1).copy())
 
 
-def _limit_aspect(image: np.ndarray) -> np.ndarray:
+def limit_aspect(image: np.ndarray) -> np.ndarray:
     """Cut as much from both ends of a very long picture."""
     height, width, _ = image.shape
     down = max(0, (height - LONGEST_ASPECT * width) // 2)

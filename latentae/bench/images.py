@@ -5,7 +5,7 @@ whoever takes them: where a process starts again, or several share the work, eac
 """
 
 import hashlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -75,7 +75,7 @@ class ImageSet:
     def __init__(
         self,
         source: Source | ClipSource,
-        items: list[Item],
+        items: Sequence[Item],
         size: int,
         batch_size: int,
         workers: int,

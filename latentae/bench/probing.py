@@ -18,7 +18,7 @@ from latentae.bench.protocol import describe_machine, versions
 from latentae.codec import LatentCodec
 from latentae.console import say
 from latentae.data.samples import dead_leaves
-from latentae.data.sources import Item, Source, open_source, refuse_output_in_input
+from latentae.data.sources import Item, ItemTable, Source, open_source, refuse_output_in_input
 from latentae.errors import DataError, RequestError
 from latentae.files import atomic_write, write_json
 from latentae.metrics.sliced_wasserstein import LEAST_BAND
@@ -36,8 +36,8 @@ class DeadLeaves:
     def __init__(self, count: int, size: int):
         self.count, self.size = count, size
 
-    def items(self) -> list[Item]:
-        return [Item(f"{i:06d}.png", f"dead-leaves:{i}", 0, None) for i in range(self.count)]
+    def items(self) -> ItemTable:
+        return ItemTable.of(Item(f"{i:06d}.png", f"dead-leaves:{i}", 0) for i in range(self.count))
 
     def read(self, item: Item) -> bytes:
         stream = io.BytesIO()

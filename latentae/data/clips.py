@@ -4,15 +4,13 @@ import copy
 import hashlib
 import os
 import posixpath
-from collections.abc import Sequence
-from dataclasses import replace
-from itertools import groupby
+from collections import Counter
 from pathlib import Path
 
 from latentae.console import say
 from latentae.data.decode import DEFAULT_POLICY, DecodePolicy
-from latentae.data.sources import FolderSource, Item, Source, open_source
-from latentae.data.sources.base import IMAGE_EXTENSIONS, file_uri, key_of, path_of, sort_by_key, unreadable
+from latentae.data.sources import FolderSource, Item, ItemTable, ItemTableBuilder, Source, open_source
+from latentae.data.sources.base import IMAGE_EXTENSIONS, extension_of, file_uri, key_of, path_of, unreadable
 from latentae.data.video import VIDEO_EXTENSIONS, Video, VideoInfo, is_animated, open_video
 from latentae.errors import RequestError
 from latentae.files import sha256_file
@@ -36,20 +34,21 @@ class ClipSource:
         if not path.exists():
             raise RequestError(f"{path} does not exist: give a video, a folder of videos, or a folder of frames.")
         if path.is_dir():
-            self._items = sort_by_key(_clips_in(path.absolute()))
+            self._items = _clips_in(path.absolute()).sorted()
         else:
-            self._items = [Item(key_of(path.name), file_uri(os.path.abspath(path)), path.stat().st_size)]  # noqa: PTH100
+            uri = file_uri(os.path.abspath(path))  # noqa: PTH100
+            self._items = ItemTable.of([Item(key_of(path.name), uri, path.stat().st_size)])
         if not self._items:
             endings = " ".join(sorted(VIDEO_EXTENSIONS | MAYBE_ANIMATED))
             raise RequestError(f"{path} holds no clips: they end in {endings}, or are folders of images.")
 
-    def items(self) -> list[Item]:
-        return list(self._items)
+    def items(self) -> ItemTable:
+        return self._items
 
-    def only(self, items: Sequence[Item]) -> "ClipSource":
+    def only(self, items: ItemTable) -> "ClipSource":
         """Some of the clips as a source, to train on these and hold out the others."""
         source = copy.copy(self)
-        source._items = list(items)
+        source._items = items
         return source
 
     def open(self, item: Item, policy: DecodePolicy = DEFAULT_POLICY, info: VideoInfo | None = None) -> Video:
@@ -99,7 +98,7 @@ def open_inputs(path: str | os.PathLike[str], *, clips: bool) -> Source | ClipSo
     try:
         source = open_source(path)
     except RequestError:
-        if path.is_dir() and any(_clips_in(path.absolute())):
+        if path.is_dir() and _clips_in(path.absolute()):
             return ClipSource(path)
         raise
     if isinstance(source, FolderSource) and (count := sum(source.other_files[end] for end in VIDEO_EXTENSIONS)):
@@ -107,27 +106,22 @@ def open_inputs(path: str | os.PathLike[str], *, clips: bool) -> Source | ClipSo
     return source
 
 
-def _clips_in(root: Path) -> list[Item]:
+def _clips_in(root: Path) -> ItemTable:
     """Files that are clips, and the other images taken together, folder by folder."""
-    files = FolderSource(root, VIDEO_EXTENSIONS | IMAGE_EXTENSIONS).items()
-    clips, images = list[Item](), list[Item]()
-    for item in files:
-        extension = posixpath.splitext(item.key)[1].lower()
-        moving = extension in VIDEO_EXTENSIONS or (extension in MAYBE_ANIMATED and is_animated(Path(path_of(item.uri))))
-        (clips if moving else images).append(item)
-    with_clips = {_folder(item) for item in clips}
-    images.sort(key=_folder)
-    for folder, frames in groupby(images, key=_folder):
-        if folder in with_clips:
-            continue
-        members = list(frames)
-        key = posixpath.dirname(members[0].key)
-        size = sum(item.size for item in members)
-        clips.append(replace(members[0], key=key or key_of(root.name), uri=file_uri(folder), size=size))
-        if "/" not in key:
-            clips[-1] = replace(clips[-1], label=None)
-    return clips
-
-
-def _folder(item: Item) -> str:
-    return os.path.dirname(path_of(item.uri))  # noqa: PTH120
+    clips = ItemTableBuilder()
+    with_clips: set[str] = set()
+    sizes: Counter[str] = Counter()  # of the frames of each folder
+    labels: dict[str, int | None] = {}
+    for item in FolderSource(root, VIDEO_EXTENSIONS | IMAGE_EXTENSIONS).items():
+        folder = os.path.dirname(path_of(item.uri))  # noqa: PTH120
+        extension = extension_of(item.key)
+        if extension in VIDEO_EXTENSIONS or (extension in MAYBE_ANIMATED and is_animated(Path(path_of(item.uri)))):
+            clips.append(item.key, item.uri, item.size, item.label)
+            with_clips.add(folder)
+        else:
+            sizes[folder] += item.size
+            labels[folder] = item.label if "/" in posixpath.dirname(item.key) else None
+    for folder in sizes.keys() - with_clips:
+        key = key_of(os.path.relpath(folder, root)) if folder != str(root) else key_of(root.name)
+        clips.append(key, file_uri(folder), sizes[folder], labels[folder])
+    return clips.finish()

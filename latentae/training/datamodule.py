@@ -22,7 +22,7 @@ from latentae.data.clips import ClipSource, open_inputs
 from latentae.data.images import ImageDataset
 from latentae.data.sample_clips import SampleClips, Split
 from latentae.data.samples import photos
-from latentae.data.sources import Item, Source
+from latentae.data.sources import Item, ItemTable, Source
 from latentae.data.sources.base import path_of
 from latentae.data.video import BadVideo
 from latentae.errors import RequestError
@@ -196,10 +196,10 @@ class PositionBatches(Sampler[list[int]]):
 class _Chosen:
     """Some items of a source."""
 
-    def __init__(self, source: Source, items: list[Item]):
+    def __init__(self, source: Source, items: ItemTable):
         self.source, self._items = source, items
 
-    def items(self) -> list[Item]:
+    def items(self) -> ItemTable:
         return self._items
 
     def read(self, item: Item) -> bytes:
@@ -213,8 +213,7 @@ def hold_out(source: Any, fraction: float) -> tuple[Any, Any]:
     hash, so that its first images are of all kinds.
     """
     items = source.items()
-    parts = split([item.key for item in items], fraction)
-    trained, held_out = ([items[i] for i in part] for part in parts)
+    trained, held_out = (items.take(part) for part in split(items.keys.to_pylist(), fraction))
     if isinstance(source, ClipSource):
         return source.only(trained), source.only(held_out)
     return _Chosen(source, trained), _Chosen(source, held_out)
@@ -264,8 +263,8 @@ class SamplePhotos:
             Image.fromarray(image).save(stream, "ppm")
             self._files[name] = stream.getvalue()
 
-    def items(self) -> list[Item]:
-        return [Item(key=name, uri=f"samples:{name}", size=len(data)) for name, data in sorted(self._files.items())]
+    def items(self) -> ItemTable:
+        return ItemTable.of(Item(name, f"samples:{name}", len(data)) for name, data in sorted(self._files.items()))
 
     def read(self, item: Item) -> bytes:
         return self._files[item.key]

@@ -14,7 +14,7 @@ from latentae.data.clip_dataset import ClipDataset
 from latentae.data.clips import ClipSource, open_inputs
 from latentae.data.images import ImageDataset, epoch_order
 from latentae.data.sample_clips import SampleClips
-from latentae.data.sources import Item, Source
+from latentae.data.sources import ItemTable, Source
 from latentae.data.transforms import adm_center_crop
 from latentae.errors import DataError, RequestError
 from latentae.store.reader import LatentStore
@@ -61,7 +61,7 @@ class CentreClips(ClipDataset):
         options: of `ClipDataset`.
     """
 
-    def __init__(self, source: ClipSource, items: list[Item], *, seed: int | None, flip: bool = False, **options: Any):
+    def __init__(self, source: ClipSource, items: ItemTable, *, seed: int | None, flip: bool = False, **options: Any):
         super().__init__(source, seed=seed or 0, augment=seed is not None, **options)
         self.items, self.flip = items, flip
 
@@ -74,9 +74,9 @@ class CentreClips(ClipDataset):
         return labelled(self.items)
 
 
-def labelled(items: list[Item]) -> Labelled:
+def labelled(items: ItemTable) -> Labelled:
     """Keys and labels of a source's items."""
-    return [(item.key, -1 if item.label is None else item.label) for item in items]
+    return list(zip(items.keys.to_pylist(), items.labels.fill_null(-1).to_pylist()))
 
 
 class StoredLatents(Dataset[dict[str, Any]]):
@@ -212,7 +212,7 @@ class LatentData(ImageData):
 
     def _open_clips(self, source: ClipSource, fraction: float) -> tuple[Any, Any]:
         items = source.items()
-        trained, held_out = split([item.key for item in items], fraction) if fraction < 1 else ([], range(len(items)))
+        trained, held_out = split(items.keys.to_pylist(), fraction) if fraction < 1 else ([], list(range(len(items))))
         options: dict[str, Any] = {
             "frames": self.frames,
             "size": self.size,
@@ -221,8 +221,8 @@ class LatentData(ImageData):
             "max_bad": self.max_bad,
         }
         return (
-            CentreClips(source, [items[i] for i in trained], seed=self.seed, flip=self.flip, **options),
-            CentreClips(source, [items[i] for i in held_out], seed=None, **options),
+            CentreClips(source, items.take(trained), seed=self.seed, flip=self.flip, **options),
+            CentreClips(source, items.take(held_out), seed=None, **options),
         )
 
     @property

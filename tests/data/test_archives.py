@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader
 
 from latentae.data.decode import BadImage
 from latentae.data.images import ImageDataset
-from latentae.data.sources import FolderSource, ManifestSource, ParquetSource, TarSource, open_source
-from latentae.data.sources.base import label_of, number_labels
+from latentae.data.sources import FolderSource, ItemTableBuilder, ManifestSource, ParquetSource, TarSource, open_source
+from latentae.data.sources.base import label_of
 from latentae.data.sources.opening import expand_braces
 from latentae.errors import DataError, RequestError
 
@@ -178,8 +178,11 @@ def test_what_is_a_label():
     values = [3, "3", " 12\n", 3.0, "3.0", True, "dog", "", None, float("nan"), "nan", -1, [1], 2**70, 0.5]
     expected = [3, 3, 12, 3, 3, 1, "dog", None, None, None, None, None, None, None, None]
     assert [label_of(value) for value in values] == expected
-    assert number_labels(["b", None, "a", "b"], "x") == [1, None, 0, 1]
-    assert number_labels([5, None, 2], "x") == [5, None, 2]
+    for given, numbered in ((["b", None, "a", "b"], [1, None, 0, 1]), ([5, None, 2], [5, None, 2])):
+        builder = ItemTableBuilder()
+        for number, label in enumerate(given):
+            builder.append(f"{number}.png", "", 0, label)
+        assert builder.finish().labels.to_pylist() == numbered
 
 
 # tar: damage and malice

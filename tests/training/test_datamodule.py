@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from latentae.data.samples import photos
-from latentae.data.sources import Item, open_source
+from latentae.data.sources import Item, ItemTable, open_source
 from latentae.errors import DataError, RequestError
 from latentae.training.datamodule import ImageData, PositionBatches, SamplePhotos, hold_out
 
@@ -15,7 +15,7 @@ class Names:
     """A source of names alone."""
 
     def __init__(self, names):
-        self._items = [Item(name, name, 0) for name in sorted(names)]
+        self._items = ItemTable.of(Item(name, name, 0) for name in sorted(names))
 
     def items(self):
         return self._items

@@ -4,11 +4,12 @@ A source lists its items in an order that depends on nothing but their names, an
 encoding share sources, so that both see the same keys.
 """
 
-from latentae.data.sources.base import IMAGE_EXTENSIONS, Item, Source
+from latentae.data.sources.base import IMAGE_EXTENSIONS, Item
 from latentae.data.sources.folder import FileSource, FolderSource
 from latentae.data.sources.manifest import ManifestSource
 from latentae.data.sources.opening import open_source, refuse_output_in_input
 from latentae.data.sources.parquet import ParquetSource
+from latentae.data.sources.table import ItemTable, ItemTableBuilder, Source
 from latentae.data.sources.tar import TarSource
 
 __all__ = [
@@ -16,6 +17,8 @@ __all__ = [
     "FileSource",
     "FolderSource",
     "Item",
+    "ItemTable",
+    "ItemTableBuilder",
     "ManifestSource",
     "ParquetSource",
     "Source",

@@ -3,15 +3,13 @@
 import errno
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 from latentae.data.decode import BadImage
-from latentae.errors import RequestError
 
 IMAGE_EXTENSIONS = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff"}
@@ -38,22 +36,6 @@ class Item:
     columns: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
-class Source(Protocol):
-    """A set of inputs."""
-
-    def items(self) -> list[Item]:
-        """All items, sorted by key; the same list at every call."""
-        ...
-
-    def read(self, item: Item) -> bytes:
-        """The bytes of one item. Safe in threads and in processes that the source was pickled to.
-
-        Raises:
-            BadImage: with reason ``unreadable``: the item is gone, or may not be read.
-        """
-        ...
-
-
 def file_uri(path: str) -> str:
     """The percent-encoded URI of an absolute path, always exact."""
     return "file://" + quote_from_bytes(os.fsencode(path))
@@ -67,6 +49,11 @@ def path_of(uri: str) -> str:
 def key_of(relative: str) -> str:
     """A relative path as a key: posix, and bytes that are not UTF-8 written as ``\\xNN``."""
     return os.fsencode(relative).decode("utf-8", "backslashreplace").replace(os.sep, "/")
+
+
+def extension_of(name: str) -> str:
+    """The extension of a path or key in small letters, with its dot; empty without one."""
+    return os.path.splitext(name)[1].lower()  # noqa: PTH122  # of millions
 
 
 def is_hidden(name: str) -> bool:
@@ -89,19 +76,6 @@ def unreadable(item: Item, error: OSError) -> Exception:
     return BadImage("unreadable", f"{item.key} cannot be read ({error.strerror}).")
 
 
-def sort_by_key(items: Iterable[Item]) -> list[Item]:
-    """Items in the order of their keys.
-
-    Raises:
-        RequestError: two items have one key.
-    """
-    ordered = sorted(items, key=lambda item: item.key)
-    for item, following in pairwise(ordered):
-        if item.key == following.key:
-            raise RequestError(f"{item.uri} and {following.uri} would both get the key {item.key!r}: rename one.")
-    return ordered
-
-
 def label_of(value: object) -> int | str | None:
     """A label as files hold it: a whole number (also as text, also as 3.0), or text. Empty ones, negative numbers and
     what is neither mean that there is none."""
@@ -114,17 +88,3 @@ def label_of(value: object) -> int | str | None:
     if isinstance(value, float):
         value = int(value) if math.isfinite(value) and value == int(value) else None
     return value if isinstance(value, int) and 0 <= value < 2**63 else None
-
-
-def number_labels(labels: list[int | str | None], where: str) -> list[int | None]:
-    """Labels as whole numbers: numbers stay what they are, texts are numbered in sorted order, from 0.
-
-    Raises:
-        RequestError: some are numbers and some are text.
-    """
-    texts = sorted({label for label in labels if isinstance(label, str)})
-    numbers = (label for label in labels if isinstance(label, int))
-    if texts and (number := next(numbers, None)) is not None:
-        raise RequestError(f"{where} has labels of two kinds, such as {number} and {texts[0]!r}: give one kind.")
-    index: dict[int | str | None, int] = {text: i for i, text in enumerate(texts)}
-    return [label if label is None or isinstance(label, int) else index[label] for label in labels]

@@ -4,10 +4,11 @@ import errno
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator, Set
+from collections.abc import Set
 from pathlib import Path
 
-from latentae.data.sources.base import IMAGE_EXTENSIONS, Item, file_uri, is_hidden, key_of, read_file
+from latentae.data.sources.base import IMAGE_EXTENSIONS, Item, extension_of, file_uri, is_hidden, key_of, read_file
+from latentae.data.sources.table import ItemTable, ItemTableBuilder
 from latentae.errors import RequestError
 
 ARCHIVE_EXTENSIONS = frozenset({".tar", ".parquet"})
@@ -33,58 +34,55 @@ class FolderSource:
             raise RequestError(f"{path} is not a folder: give a folder of images.")
         self.other_files: Counter[str] = Counter()
         self.archives: list[str] = []
+        self._root = len(str(self.path).rstrip(os.sep)) + 1
         self._items = self._scan()
 
-    def items(self) -> list[Item]:
-        return list(self._items)
+    def items(self) -> ItemTable:
+        return self._items
 
     def read(self, item: Item) -> bytes:
         return read_file(item)
 
-    def _scan(self) -> list[Item]:
-        labels: dict[str, int] = {}
-        root = str(self.path).rstrip(os.sep) + os.sep
-        items: dict[str, Item] = {}
-        for path, size in self._walk(self.path, (), labels):
-            relative = path[len(root) :]
-            item = Item(key_of(relative), file_uri(path), size, labels.get(relative.partition(os.sep)[0]))
-            if item.key in items:
-                raise RequestError(
-                    f"{items[item.key].uri} and {item.uri} would both get the key {item.key!r}: rename one of them."
-                )
-            items[item.key] = item
-        return [items[key] for key in sorted(items)]
+    def _scan(self) -> ItemTable:
+        found = ItemTableBuilder()
+        self._add(str(self.path), (), None, found)
+        self.archives.sort()
+        return found.finish().sorted()
 
-    def _walk(
-        self, folder: Path, above: tuple[tuple[int, int], ...], labels: dict[str, int]
-    ) -> Iterator[tuple[str, int]]:
-        """Image files under ``folder`` with their sizes; ``above`` identifies the folders on the way down to it."""
+    def _add(self, folder: str, above: tuple[tuple[int, int], ...], label: int | None, found: ItemTableBuilder) -> None:
+        """Add the files under ``folder``; ``above`` identifies the folders on the way down to it.
+
+        Files are added as they are met: a folder may hold millions."""
+        folders: list[tuple[str, tuple[int, int]]] = []
         try:
-            identity = folder.stat()
-            entries = [
-                (entry, _status(entry))
-                for entry in sorted(os.scandir(folder), key=lambda entry: entry.name)
-                if not is_hidden(entry.name)
-            ]
+            identity = os.stat(folder)  # noqa: PTH116  # no object for each
+            for entry in os.scandir(folder):
+                if is_hidden(entry.name):
+                    continue
+                status = _status(entry)
+                if status and stat.S_ISDIR(status.st_mode):
+                    folders.append((entry.name, (status.st_dev, status.st_ino)))
+                elif status is None or stat.S_ISREG(status.st_mode):
+                    self._add_file(entry.path, status.st_size if status else 0, label, found)
         except OSError as error:
             raise RequestError(
                 f"The folder {folder} cannot be read ({error.strerror}): change its permissions or move it away."
             ) from error
         inside = (*above, (identity.st_dev, identity.st_ino))
-        for entry, status in entries:
-            if status and stat.S_ISDIR(status.st_mode):
-                if (status.st_dev, status.st_ino) not in inside:
-                    if not above:
-                        labels[entry.name] = len(labels)
-                    yield from self._walk(Path(entry.path), inside, labels)
-            elif status is None or stat.S_ISREG(status.st_mode):
-                extension = Path(entry.name).suffix.lower()
-                if extension in self.extensions:
-                    yield entry.path, status.st_size if status else 0
-                else:
-                    self.other_files[extension or "no extension"] += 1
-                    if extension in ARCHIVE_EXTENSIONS:
-                        self.archives.append(entry.path)
+        number = 0
+        for name, node in sorted(folders):
+            if node not in inside:
+                self._add(os.path.join(folder, name), inside, label if above else number, found)  # noqa: PTH118
+                number += 1
+
+    def _add_file(self, path: str, size: int, label: int | None, found: ItemTableBuilder) -> None:
+        extension = extension_of(path)
+        if extension in self.extensions:
+            found.append(key_of(path[self._root :]), file_uri(path), size, label)
+        else:
+            self.other_files[extension or "no extension"] += 1
+            if extension in ARCHIVE_EXTENSIONS:
+                self.archives.append(path)
 
 
 class FileSource:
@@ -92,10 +90,10 @@ class FileSource:
 
     def __init__(self, path: str | os.PathLike[str]):
         path = Path(path).absolute()
-        self._item = Item(key_of(path.name), file_uri(os.fspath(path)), path.stat().st_size)
+        self._items = ItemTable.of([Item(key_of(path.name), file_uri(os.fspath(path)), path.stat().st_size)])
 
-    def items(self) -> list[Item]:
-        return [self._item]
+    def items(self) -> ItemTable:
+        return self._items
 
     def read(self, item: Item) -> bytes:
         return read_file(item)

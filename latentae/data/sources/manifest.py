@@ -14,10 +14,9 @@ from latentae.data.sources.base import (
     file_uri,
     key_of,
     label_of,
-    number_labels,
     read_file,
-    sort_by_key,
 )
+from latentae.data.sources.table import ItemTable, ItemTableBuilder
 from latentae.errors import RequestError
 
 MANIFEST_EXTENSIONS = frozenset({".csv", ".tsv", ".jsonl"})
@@ -41,22 +40,19 @@ class ManifestSource:
         self.path = Path(path).absolute()
         folder = os.path.normpath(self.path.parent)
         lines: dict[str, int] = {}
-        labels: list[int | str | None] = []
+        found = ItemTableBuilder()
+        inside = folder.rstrip(os.sep) + os.sep
         for line, row in _rows(self.path):
             file = os.path.normpath(os.path.join(folder, self._path(line, row)))  # noqa: PTH118  # pathlib keeps ..
             if file in lines:
                 raise RequestError(f"{self.path} lists {file} twice, in lines {lines[file]} and {line}: remove one.")
             lines[file] = line
-            labels.append(label_of(next((row[name] for name in LABEL_COLUMNS if name in row), None)))
-        inside = folder.rstrip(os.sep) + os.sep
-        numbered = number_labels(labels, str(self.path))
-        self._items = sort_by_key(
-            Item(key_of(file.removeprefix(inside).lstrip(os.sep)), file_uri(file), _size(file), label)
-            for file, label in zip(lines, numbered)
-        )
+            label = label_of(next((row[name] for name in LABEL_COLUMNS if name in row), None))
+            found.append(key_of(file.removeprefix(inside).lstrip(os.sep)), file_uri(file), _size(file), label)
+        self._items = found.finish(str(self.path)).sorted()
 
-    def items(self) -> list[Item]:
-        return list(self._items)
+    def items(self) -> ItemTable:
+        return self._items
 
     def read(self, item: Item) -> bytes:
         return read_file(item)

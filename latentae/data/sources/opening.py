@@ -6,10 +6,11 @@ from collections import Counter
 from pathlib import Path
 
 from latentae.console import say
-from latentae.data.sources.base import IMAGE_EXTENSIONS, Source
+from latentae.data.sources.base import IMAGE_EXTENSIONS
 from latentae.data.sources.folder import ARCHIVE_EXTENSIONS, FileSource, FolderSource
 from latentae.data.sources.manifest import MANIFEST_EXTENSIONS, ManifestSource
 from latentae.data.sources.parquet import ParquetSource
+from latentae.data.sources.table import Source
 from latentae.data.sources.tar import TarSource
 from latentae.errors import RequestError
 

@@ -19,10 +19,9 @@ from latentae.data.sources.base import (
     file_uri,
     key_of,
     label_of,
-    number_labels,
     path_of,
-    sort_by_key,
 )
+from latentae.data.sources.table import ItemTable, ItemTableBuilder
 from latentae.errors import DataError, RequestError
 
 CACHE_BYTES = 128 * 2**20
@@ -55,8 +54,7 @@ class ParquetSource:
         files = [os.path.abspath(path) for path in paths]  # noqa: PTH100  # names may not be UTF-8
         self._groups: dict[str, list[int]] = {}  # of each file, the rows up to the end of each group
         self._leaves: dict[str, str] = {}
-        found: list[tuple[str, str, int]] = []
-        labels: list[int | str | None] = []
+        found = ItemTableBuilder()
         for file in files:
             prefix = "" if root is None else key_of(os.path.relpath(file, root)) + "/"
             with _open(file) as parquet:
@@ -64,17 +62,13 @@ class ParquetSource:
                 sizes, self._groups[file] = _sizes(parquet, leaf)
                 names, file_labels = _names_and_labels(file, parquet, leaf)
             uri = file_uri(file)
-            found += [
-                (f"{prefix}{row:08d}{name}", f"{uri}#row={row}", size)
-                for row, (name, size) in enumerate(zip(names, sizes))
-            ]
-            labels += file_labels
-        numbered = number_labels(labels, files[0] if root is None else str(root))
-        self._items = sort_by_key(Item(*item, label) for item, label in zip(found, numbered))
+            for row, (name, size, label) in enumerate(zip(names, sizes, file_labels)):
+                found.append(f"{prefix}{row:08d}{name}", f"{uri}#row={row}", size, label)
+        self._items = found.finish(files[0] if root is None else str(root)).sorted()
         self._cache = _Cache()
 
-    def items(self) -> list[Item]:
-        return list(self._items)
+    def items(self) -> ItemTable:
+        return self._items
 
     def read(self, item: Item) -> bytes:
         uri, _, row = item.uri.partition("#row=")

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, overload
+from typing import Any, Protocol, overload
 
 import pyarrow
 import pyarrow.compute as pc
@@ -18,7 +18,7 @@ SCHEMA = pyarrow.schema(
         ("label", pyarrow.int64()),
     ]
 )
-OWN_COLUMNS = frozenset(SCHEMA.names)
+OWN = SCHEMA.names
 ITEMS_AT_ONCE = 65536
 NO_COLUMNS: Mapping[str, Any] = MappingProxyType({})
 
@@ -65,11 +65,18 @@ class ItemTable(Sequence[Item]):
         for batch in self.table.to_batches(max_chunksize=ITEMS_AT_ONCE):
             columns = [batch.column(i).to_pylist() for i in range(batch.num_columns)]
             for key, uri, size, label, *values in zip(*columns):
-                yield Item(key, uri, size, label, MappingProxyType(dict(zip(carried, values))) if carried else NO_COLUMNS)
+                yield Item(
+                    key, uri, size, label, MappingProxyType(dict(zip(carried, values))) if carried else NO_COLUMNS
+                )
 
     def take(self, indices: Any) -> "ItemTable":
         """The items at ``indices``, in that order."""
         return ItemTable(self.table.take(pyarrow.array(indices, pyarrow.int64())))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ItemTable) and self.table.equals(other.table)
+
+    __hash__ = None  # type: ignore[assignment]
 
     @property
     def carried(self) -> list[str]:
@@ -101,9 +108,27 @@ class ItemTable(Sequence[Item]):
         return ItemTable(table)
 
 
+class Source(Protocol):
+    """A set of inputs."""
+
+    def items(self) -> ItemTable:
+        """All items, sorted by key; the same at every call."""
+        ...
+
+    def read(self, item: Item) -> bytes:
+        """The bytes of one item. Safe in threads and in processes that the source was pickled to.
+
+        Raises:
+            BadImage: with reason ``unreadable``: the item is gone, or may not be read.
+            OSError: its storage is gone.
+        """
+        ...
+
+
 class ItemTableBuilder:
     """Collects items without keeping an object for each.
 
+    Labels are whole numbers, or texts, which are numbered from 0 in sorted order in the end.
     Values of carried columns may be numbers, booleans, text or None; an item that lacks a column has None there, and a
     column of several types becomes text.
     """
@@ -112,18 +137,27 @@ class ItemTableBuilder:
         self._tables: list[pyarrow.Table] = []
         self._rows: list[tuple[str, str, int, int | None]] = []
         self._carried: dict[str, list[Any]] = {}
+        self._classes: dict[str, int] = {}  # labels that are texts, in the order of their first appearance
+        self._number: int | None = None  # a label that is a number
 
     def append(
-        self, key: str, uri: str, size: int, label: int | None = None, columns: Mapping[str, Any] = NO_COLUMNS
+        self, key: str, uri: str, size: int, label: int | str | None = None, columns: Mapping[str, Any] = NO_COLUMNS
     ) -> None:
         row = len(self._rows)
-        self._rows.append((key, uri, size, label))
+        self._rows.append((key, uri, size, self._numbered(label)))
         for name, value in columns.items():
             values = self._carried.setdefault(name, [])
             values += [None] * (row - len(values))
             values.append(value)
         if len(self._rows) >= ITEMS_AT_ONCE:
             self._flush()
+
+    def _numbered(self, label: int | str | None) -> int | None:
+        if isinstance(label, str):
+            return self._classes.setdefault(label, len(self._classes))
+        if label is not None:
+            self._number = label
+        return label
 
     def _flush(self) -> None:
         columns = [pyarrow.array(values, field.type) for values, field in zip(zip(*self._rows), SCHEMA)]
@@ -133,8 +167,15 @@ class ItemTableBuilder:
         self._tables.append(table)
         self._rows, self._carried = [], {}
 
-    def finish(self) -> ItemTable:
-        """All items that were appended, in their order."""
+    def finish(self, where: str = "the source") -> ItemTable:
+        """All items that were appended, in their order.
+
+        Raises:
+            RequestError: some labels are numbers and some are text; it says that ``where`` has them.
+        """
+        if self._classes and self._number is not None:
+            text = min(self._classes)
+            raise RequestError(f"{where} has labels of two kinds, such as {self._number} and {text!r}: give one kind.")
         if self._rows:
             self._flush()
         if not self._tables:
@@ -149,7 +190,13 @@ class ItemTableBuilder:
                 if len(kinds.get(field.name, ())) > 1:
                     table = table.set_column(place, field.name, _as_text(table.column(place)))
             self._tables[number] = table
-        return ItemTable(pyarrow.concat_tables(self._tables, promote_options="permissive").combine_chunks())
+        table = pyarrow.concat_tables(self._tables, promote_options="permissive").combine_chunks()
+        if self._classes:
+            ranks = {text: rank for rank, text in enumerate(sorted(self._classes))}
+            numbers = pyarrow.array([ranks[text] for text in self._classes], pyarrow.int64())
+            place = OWN.index("label")
+            table = table.set_column(place, SCHEMA.field(place), numbers.take(table.column(place)))
+        return ItemTable(table)
 
 
 def _carried_array(values: list[Any]) -> pyarrow.Array:

@@ -19,11 +19,10 @@ from latentae.data.sources.base import (
     file_uri,
     is_hidden,
     label_of,
-    number_labels,
     path_of,
-    sort_by_key,
     unreadable,
 )
+from latentae.data.sources.table import ItemTable, ItemTableBuilder
 from latentae.errors import DataError, RequestError
 
 OPEN_TARS = 64
@@ -54,21 +53,19 @@ class TarSource:
         with ThreadPoolExecutor(LISTING_THREADS) as pool:
             listings = list(pool.map(_list_tar, files))
         self.other_files: Counter[str] = Counter()
-        found: list[tuple[str, str, int]] = []
-        labels: list[int | str | None] = []
+        found = ItemTableBuilder()
         for file, listing in zip(files, listings):
             self.other_files += listing.other_files
             prefix = "" if root is None else Path(os.path.relpath(file, root)).as_posix() + "/"
             prefix, uri = _readable(prefix), file_uri(file)
             for name, (offset, size) in listing.images.items():
-                found.append((prefix + name, uri if offset is None else f"{uri}#offset={offset}", size))
-                labels.append(listing.label(name))
-        numbered = number_labels(labels, files[0] if root is None else str(root))
-        self._items = sort_by_key(Item(*item, label) for item, label in zip(found, numbered))
+                address = uri if offset is None else f"{uri}#offset={offset}"
+                found.append(prefix + name, address, size, listing.label(name))
+        self._items = found.finish(files[0] if root is None else str(root)).sorted()
         self._open = _OpenFiles()
 
-    def items(self) -> list[Item]:
-        return list(self._items)
+    def items(self) -> ItemTable:
+        return self._items
 
     def read(self, item: Item) -> bytes:
         uri, _, offset = item.uri.partition("#offset=")

@@ -10,18 +10,12 @@ from torch import Tensor
 
 from latentae.console import Progress
 from latentae.errors import RequestError
+from latentae.store.draws import draw
 from latentae.store.reader import LatentStore
 from latentae.store.worker import key_generator
 
 FILE_BYTES = 256 * 2**20  # of the tensors of a file of many entries, about
 TENSORS = ("latents", "moments", "latents_flip", "moments_flip")
-
-
-def draw(moments: Tensor, generator: torch.Generator) -> Tensor:
-    """A sample of the posterior that moments (2C, ...) describe, (C, ...) in fp32: that which encoding with ``--kind
-    sample`` stores, if the generator is that of the same seed and key."""
-    mean, log_variance = moments.float().chunk(2)
-    return mean + (0.5 * log_variance).exp() * torch.randn(mean.shape, generator=generator)
 
 
 class Entries:

@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from itertools import chain
 
 from latentae.errors import RequestError, ResumableError
-from latentae.store.job import Job, Report, ShardWorker
+from latentae.store.job import Advance, Job, Report, ShardWorker
 
 ATTEMPTS = 3
 
-Advance = Callable[[int, int], None]
 OpenWorker = Callable[[Job, str | None], ShardWorker]
 
 

@@ -13,8 +13,8 @@ from threading import Lock
 
 import torch
 
-from latentae.store.engines.driver import Advance, Died, Driver, Message, OpenWorker, Team, Worker, serve
-from latentae.store.job import Job, Report, ShardWorker
+from latentae.store.engines.driver import Died, Driver, Message, OpenWorker, Team, Worker, serve
+from latentae.store.job import Advance, Job, Report, ShardWorker
 
 GRACE_SECONDS = 5.0
 
@@ -44,7 +44,7 @@ def run_local(
     if processes <= 1:
         yield from open_worker(job, devices[0]).run(shards, advance)
         return
-    threads = max(1, available_cpus() // processes)
+    threads = max(1, min(torch.get_num_threads(), available_cpus() // processes))
     with closing(Processes(job, devices, threads, open_worker)) as team:
         yield from Driver(team, shards, advance).run(processes)
 

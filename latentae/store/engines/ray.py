@@ -19,8 +19,8 @@ from typing import Any
 
 from latentae.errors import DataError, MissingExtra, RequestError
 from latentae.store.configuration import read_configuration, store_fingerprint
-from latentae.store.engines.driver import Advance, Died, Driver, Message, OpenWorker, Team, Worker, serve
-from latentae.store.job import Job, Report, ShardWorker
+from latentae.store.engines.driver import Died, Driver, Message, OpenWorker, Team, Worker, serve
+from latentae.store.job import Advance, Job, Report, ShardWorker
 
 CALL_SECONDS = 5.0  # an actor answers at least so often
 SILENCE_SECONDS = 30.0

@@ -1,4 +1,5 @@
-"""Save a trained autoencoder, or a latent diffusion with its autoencoder, as an ordinary diffusers folder.
+"""Save a trained autoencoder, or a latent diffusion with its autoencoder, as an ordinary diffusers folder; or write a
+store of latents in the layout of another project's loader.
 
 DC-AE is written as the stock class AutoencoderDC and stock autoencoders as what they are: the folder opens with
 from_pretrained where latentae is not installed. A family that diffusers does not have opens with latentae.load; with
@@ -18,15 +19,39 @@ scale).
 
   latentae export runs/my-run exported/ --data photos/
   latentae export runs/my-diffusion pipeline/
+
+A store of latents, as encode writes it, needs --format; the loader of that project then opens DIR unmodified:
+
+  lightningdit   shards of draws, unscaled, and of mirrored images (encode --flip); latents_stats.pt
+  fastdit        imagenet256_features/ and imagenet256_labels/, a file each, normalised by the model's scale (also SiT)
+  repa           images/ and vae-sd/, mean and standard deviation (encode --kind moments); --images SRC, as encoded
+  edm2           a file each of mean and standard deviation (encode --kind moments), dataset.json
+  mar            CLASS/NAME.npz, mean and log-variance of image and mirror image (encode --kind moments --flip)
+  dcae           CLASS/NAME.npy, normalised by the model's scale
+  webdataset     tars of .npy, .cls and .json with all columns
+  parquet        for datasets.load_dataset and the Hugging Face hub, with a data set card
+
+The formats before webdataset are for images of one size, and all of these but edm2 need a label for each. A store of
+moments gives draws where a format wants latents, the same for the same --seed. DIR/export.json, written last, records
+the model, its scale, what is applied and the pixels; keys.parquet says which key stands where, for formats without
+names. Kill it and run it again: it goes on.
+
+  latentae export latents/ for-lightningdit/ --format lightningdit
 """
 
 import argparse
 from typing import Any
 
+FORMATS = ("lightningdit", "fastdit", "repa", "edm2", "mar", "dcae", "webdataset", "parquet")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="run folder, checkpoint, model folder or hub id")
+    parser.add_argument("model", metavar="MODEL", help="run folder, checkpoint, model folder, hub id, or a store")
     parser.add_argument("folder", metavar="DIR", help="where to write; must be new or empty")
+    parser.add_argument("--format", choices=FORMATS, metavar="NAME", help="of a store: see above")
+    parser.add_argument("--images", metavar="SRC", help="the pictures of the store, for --format repa")
+    parser.add_argument("--seed", type=int, help="of draws from a store of moments (default: 0)")
+    parser.add_argument("--partial", action="store_true", help="take what is there of a store that is not complete")
     parser.add_argument("--pipeline", choices=("flow", "dit"), help="of a denoiser (default: flow)")
     parser.add_argument("--vae", metavar="MODEL", help="autoencoder of a denoiser (default: that of its training)")
     parser.add_argument("--with-code", action="store_true", help="add the code of a family that diffusers has not")
@@ -53,6 +78,11 @@ def run(args: argparse.Namespace) -> int:
     from latentae.nn.padding import padding_mode
 
     folder = Path(args.folder)
+    if (Path(args.model) / "store.json").is_file():
+        return _export_store(args)
+    for_stores = {"--format": args.format, "--images": args.images, "--seed": args.seed, "--partial": args.partial}
+    if given := [option for option, value in for_stores.items() if value not in (None, False)]:
+        raise RequestError(f"{given[0]} is for a store of latents; {args.model} is none: it has no store.json.")
     if folder.is_dir() and any(folder.iterdir()) and not args.overwrite:
         raise RequestError(f"{folder} is not empty: choose another folder, or replace what is there with --overwrite.")
     if is_diffusion_run(args.model):
@@ -76,6 +106,25 @@ def run(args: argparse.Namespace) -> int:
         print(f"{folder}: diffusers.AutoModel.from_pretrained({str(folder)!r}, trust_remote_code=True) opens it")
     else:
         print(f"{folder}: latentae.load({str(folder)!r}) opens it; --with-code adds what diffusers alone would need")
+    return 0
+
+
+def _export_store(args: argparse.Namespace) -> int:
+    from latentae.console import say
+    from latentae.errors import RequestError
+    from latentae.store.formats import export_store
+
+    for_models = ("pipeline", "vae", "with_code", "data", "overwrite", "random_weights")
+    if given := [name for name in for_models if getattr(args, name)]:
+        raise RequestError(f"--{given[0].replace('_', '-')} is for models; {args.model} is a store of latents.")
+    if args.format is None:
+        raise RequestError(f"{args.model} is a store of latents: say by --format whose loader is to open it.")
+    options = {"images": args.images, "seed": args.seed or 0, "partial": args.partial}
+    summary = export_store(args.model, args.folder, args.format, **options)
+    missing = f", {summary.missing} inputs have none" if summary.missing else ""
+    print(f"{args.folder}: {summary.entries} entries as {args.format}{missing}; export.json says what they are")
+    for note in summary.notes:
+        say(f"note: {note}")
     return 0
 
 

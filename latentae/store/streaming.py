@@ -170,7 +170,7 @@ class StreamedLatents(IterableDataset[dict[str, Any]]):
             raise RequestError(f"moments={moments!r}; expected 'mode' or 'sample'.")
         if self.draws and "moments" not in first:
             raise RequestError(f"{store.path} holds no moments to draw from: encode again with --kind moments.")
-        if self.flip and not {"latents_flip", "moments_flip"} & first.keys():
+        if self.flip and not store.holds_flips:
             raise RequestError(f"{store.path} holds no latents of mirrored images: encode again with --flip.")
         if missing := [name for name in self.columns if name not in first]:
             raise RequestError(f"{store.path} has no column {missing[0]!r}; it has {', '.join(first)}.")

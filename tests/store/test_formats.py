@@ -30,33 +30,14 @@ from latentae.store.reader import LatentStore
 SIZE = 32
 
 
-class MirroredStore(LatentStore):
-    """A store with the latents of mirrored images, which are those of a second store."""
-
-    def __init__(self, path, mirrored):
-        super().__init__(path)
-        self.mirrored = LatentStore(mirrored)
-
-    def __getitem__(self, index):
-        name = "moments" if self.kind == "moments" else "latents"
-        return {**super().__getitem__(index), f"{name}_flip": self.mirrored[index][name]}
-
-
 @pytest.fixture
 def stores(seven, tmp_path, kl):
-    """Makes a store of the seven images, with mirrored ones beside."""
-    mirrored = tmp_path / "mirrored"
-    for key, image in seven[1].items():
-        (mirrored / key).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image[:, ::-1]).save(mirrored / key)
+    """Makes a store of the seven images."""
 
     def make(kind="moments", flip=True, **options):
-        options = {"size": SIZE, "shard_size": 3, "kind": kind, **options}
-        encode_dataset(seven[0], tmp_path / kind, kl, **options)
-        if not flip:
-            return LatentStore(tmp_path / kind)
-        encode_dataset(mirrored, tmp_path / f"{kind}-mirrored", kl, **options)
-        return MirroredStore(tmp_path / kind, tmp_path / f"{kind}-mirrored")
+        store = tmp_path / f"{kind}-{flip}"
+        encode_dataset(seven[0], store, kl, **{"size": SIZE, "shard_size": 3, "kind": kind, "flip": flip, **options})
+        return LatentStore(store)
 
     return make
 
@@ -98,8 +79,9 @@ def test_lightningdit(stores, seven, moments, tmp_path, monkeypatch):
     assert tensors["labels"].tolist() == [0, 0, 0, 1, 1, 1, 1]
     assert tensors["latents"].dtype == np.float32
     # what encoding with --kind sample and that seed stores, unscaled
-    drawn = stores("sample", flip=False, seed=3)
-    np.testing.assert_array_equal(tensors["latents"], torch.stack([item["latents"] for item in drawn]).numpy())
+    drawn = stores("sample", seed=3)
+    np.testing.assert_array_equal(tensors["latents"], torch.stack([item["latents"] for item in drawn]))
+    np.testing.assert_array_equal(tensors["latents_flip"], torch.stack([item["latents_flip"] for item in drawn]))
     means, log_variances = np.split(moments[1], 2, axis=1)
     noise = (tensors["latents_flip"] - means) / np.exp(log_variances / 2)
     assert abs(noise.mean()) < 0.15
@@ -173,11 +155,13 @@ def test_edm2_can_do_without_labels(seven, tmp_path, kl):
         assert not [name for name in tar.getnames() if name.endswith(".cls")]
 
 
-def test_repa(tmp_path, write_images, kl, moments):
+@pytest.mark.parametrize("given", [False, True])
+def test_repa(given, tmp_path, write_images, kl, moments):
     sizes = {"cats/a.png": (70, 97), "cats/b.png": (32, 32), "dogs/c.webp": (140, 66)}
     images = write_images(tmp_path / "photos", sizes)
     encode_dataset(tmp_path / "photos", tmp_path / "store", kl, size=SIZE, kind="moments")
-    export_store(tmp_path / "store", tmp_path / "out", "repa", images=tmp_path / "photos")
+    (tmp_path / "photos/cats/a0.png").write_bytes(b"")
+    export_store(tmp_path / "store", tmp_path / "out", "repa", **({"images": tmp_path / "photos"} if given else {}))
     features = [f"00000/img-mean-std-{i:08d}.npy" for i in range(3)]
     assert json.loads((tmp_path / "out/vae-sd/dataset.json").read_text())["labels"] == [
         [name, label] for name, label in zip(features, [0, 0, 1])
@@ -202,7 +186,9 @@ def test_repa_says_what_its_pictures_lack(stores, seven, tmp_path):
     with pytest.raises(RequestError, match="--images is for the format repa; edm2 holds no pictures"):
         export_store(store, tmp_path / "other", "edm2", images=seven[0])
     (seven[0] / "dogs/c.png").write_bytes(b"")
-    with pytest.raises(DataError, match=r"dogs/c\.png was encoded and cannot be decoded now"):
+    with pytest.raises(
+        DataError, match=r"dogs/c\.png cannot be read any more \(the file has no bytes\): say by --images"
+    ):
         export_store(store, tmp_path / "third", "repa", images=seven[0])
 
 
@@ -350,10 +336,10 @@ def test_what_a_loader_needs_and_the_store_lacks_is_said(stores, tmp_path):
 
 def test_an_incomplete_store_only_by_request(stores, tmp_path):
     stores("mode", flip=False)
-    (tmp_path / "mode/shards/00001.json").unlink()
+    (tmp_path / "mode-False/shards/00001.json").unlink()
     with pytest.raises(RequestError, match="is not complete: run its encode command to the end"):
-        export_store(tmp_path / "mode", tmp_path / "out", "fastdit")
-    summary = export_store(tmp_path / "mode", tmp_path / "out", "fastdit", partial=True)
+        export_store(tmp_path / "mode-False", tmp_path / "out", "fastdit")
+    summary = export_store(tmp_path / "mode-False", tmp_path / "out", "fastdit", partial=True)
     assert (summary.entries, summary.missing) == (4, 3)
     assert len(list((tmp_path / "out/imagenet32_features").iterdir())) == 4
     assert json.loads((tmp_path / "out/export.json").read_text())["complete"] is False
@@ -447,3 +433,24 @@ def test_a_hostile_key_of_a_store_is_exported_inside(stores, tmp_path, monkeypat
     new = {path for path in tmp_path.rglob("*")} - before
     assert all(path.is_relative_to(tmp_path / "out") for path in new)
     assert sum(path.suffix == ".npy" for path in new) == 7
+
+
+def test_as_users_type_it(stores, tmp_path, capsys):
+    from latentae.cli import export
+    from latentae.cli.main import main
+
+    assert tuple(FORMATS) == export.FORMATS
+    store, out = str(stores().path), str(tmp_path / "out")
+    assert main(["export", store, out, "--format", "edm2"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == f"{out}: 7 entries as edm2; export.json says what they are\n"
+    assert "note: EDM2's own tool feeds pixels in [0, 1]" in captured.err
+    assert main(["export", store, out, "--format", "edm2"]) == 0
+    capsys.readouterr()
+    for arguments, sentence in (
+        ([store, out], "is a store of latents: say by --format"),
+        ([store, out, "--format", "edm2", "--with-code"], "--with-code is for models"),
+        (["dc-ae-tiny", out, "--format", "edm2"], "--format is for a store of latents; dc-ae-tiny is none"),
+    ):
+        assert main(["export", *arguments]) == 2
+        assert sentence in capsys.readouterr().err

@@ -30,7 +30,6 @@ class Entries:
         self.store, self.seed, self.images = store, seed, images
         self.are_moments = store.kind == "moments"
         first = store[0]
-        self.have_flips = "latents_flip" in first or "moments_flip" in first
         self.tensors = [name for name in TENSORS if name in first and not (self.are_moments and name[0] == "l")]
         self.shape = _common_shape(store)
         self.bytes_each = sum(first[name].nbytes for name in self.tensors)
@@ -54,6 +53,11 @@ class Entries:
                 block = []
         if block:
             yield block
+
+    @property
+    def pixel_size(self) -> int:
+        """The side of the pictures that were encoded, of a store of squares."""
+        return self.store.latent_shape[-1] * self.store.config["model"]["spatial_ratio"]
 
     def per_file(self, most: int) -> int:
         """How many entries go into a file of many."""

@@ -8,7 +8,6 @@ from typing import Any
 
 from latentae.errors import RequestError
 from latentae.files import TEMPORARY_SUFFIX, read_json, write_json
-from latentae.store.configuration import store_fingerprint
 from latentae.store.formats.classes import write_dcae, write_mar
 from latentae.store.formats.entries import Entries
 from latentae.store.formats.lightningdit import write_lightningdit
@@ -71,7 +70,7 @@ def export_store(
     dst: str | Path,
     format: str,
     *,
-    images: Any = None,
+    images: str | Path | None = None,
     seed: int = 0,
     partial: bool = False,
 ) -> ExportSummary:
@@ -82,7 +81,8 @@ def export_store(
 
     Args:
         format: ``lightningdit``, ``fastdit``, ``repa``, ``edm2``, ``mar``, ``dcae``, ``webdataset`` or ``parquet``.
-        images: a source of the pictures that were encoded, which REPA wants beside their latents.
+        images: where the pictures are that were encoded, which REPA wants beside their latents; by default where they
+            were then.
         seed: with the key of an entry, of its draw, where the store has moments and the format wants a sample.
         partial: take a store that is still being encoded, as far as it has got.
 
@@ -124,7 +124,7 @@ def _check(store: LatentStore, chosen: Format, format: str, *, partial: bool, se
         raise RequestError(
             f"{store.path} holds no moments, which {chosen.reader} needs: encode again with --kind moments."
         )
-    if chosen.flips and not entries.have_flips:
+    if chosen.flips and not store.holds_flips:
         raise RequestError(
             f"{store.path} holds no latents of mirrored images, which {chosen.reader} needs (mirrored latents are not "
             "the same): encode again with --flip."
@@ -152,7 +152,7 @@ def _record(entries: Entries, chosen: Format, format: str) -> dict[str, Any]:
         "latentae_version": __version__,
         "entries": len(store),
         "complete": store.complete,
-        "store": store_fingerprint(config),
+        "store": store.fingerprint,
         "model": {
             "name": config["model"]["name"] and Path(config["model"]["name"]).name,
             "class": config["model"]["class"],

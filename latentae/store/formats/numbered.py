@@ -2,14 +2,18 @@
 
 import io
 import json
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.compute as pc
 from PIL import Image
 
-from latentae.data.decode import BadImage, decode_image
+from latentae.data.decode import BadImage, DecodePolicy, decode_image
 from latentae.data.sources import Item, open_source
+from latentae.data.sources.reading import UriReader
 from latentae.data.transforms import adm_center_crop
 from latentae.errors import DataError, RequestError
 from latentae.store.formats.entries import Entries
@@ -23,8 +27,7 @@ def write_fastdit(entries: Entries, folder: OutputFolder) -> dict[str, Any]:
     """Write a file of normalised latents (1, C, h, w) and one of the label (1,) for each entry, under the same name in
     two folders, because its loader pairs them by the order of their names."""
     digits = max(7, len(str(len(entries) - 1)))
-    size = entries.store.config["preprocess"]["size"]
-    features, labels = f"imagenet{size}_features", f"imagenet{size}_labels"
+    features, labels = (f"imagenet{entries.pixel_size}_{what}" for what in ("features", "labels"))
     with key_table(folder) as keys:
         for number, item in enumerate(entries):
             name = f"{number:0{digits}d}.npy"
@@ -50,7 +53,7 @@ def write_edm2(entries: Entries, folder: OutputFolder) -> dict[str, Any]:
 
 def write_repa(entries: Entries, folder: OutputFolder) -> dict[str, Any]:
     """Write EDM2's files into ``vae-sd`` and the pictures that were encoded into ``images``, as many of both."""
-    pictures = Pictures(entries.store, entries.images)
+    pictures = Pictures(entries, entries.images)
     _write_mean_and_std(entries, folder, "vae-sd/", pictures)
     return {"differs": "REPA multiplies draws of four channels by 0.18215, whatever the model's scale is."}
 
@@ -65,7 +68,7 @@ def _write_mean_and_std(
             name = f"{place}/img-mean-std-{number:08d}.npy"
             folder.write(f"{prefix}{name}", npy_bytes(entries.mean_and_std(item)))
             if pictures is not None:
-                folder.write(f"images/{place}/img{number:08d}.png", partial(pictures.png, item["key"]))
+                folder.write(f"images/{place}/img{number:08d}.png", partial(pictures.png, next(pictures.items)))
             labels.append((name, item["label"]))
             keys.add(item, f"{prefix}{name}")
     known = labels if all(label >= 0 for _, label in labels) else None
@@ -79,37 +82,54 @@ class Pictures:
         source: where they are, under the keys of the store; None for where they were when they were encoded.
 
     Raises:
-        RequestError: they are not all there, or were not cropped to squares.
+        RequestError: they are not all there, or were not cropped as ADM does.
     """
 
-    def __init__(self, store: LatentStore, source: Any):
-        preprocess = store.config["preprocess"]
-        if "adm" not in preprocess["crop"]:
+    def __init__(self, entries: Entries, source: Any):
+        store, preprocess = entries.store, entries.store.config["preprocess"]
+        if not preprocess["crop"].startswith("adm"):
             raise RequestError(
                 f"{store.path} holds images with the crop {preprocess['crop']!r}; expected ADM's centre crop: encode "
                 "with --size for it."
             )
-        if source is None:
-            raise RequestError("REPA's loader wants the pictures beside the latents: say with --images where they are.")
-        self.size = preprocess["size"]
-        self.source = open_source(source) if not hasattr(source, "items") else source
-        self.items: dict[str, Item] = {item.key: item for item in self.source.items()}
-        if missing := [key for key in store.keys if key not in self.items]:
-            raise RequestError(
-                f"{source} lacks {len(missing)} of the {len(store)} images of {store.path}, such as {missing[0]!r}: "
-                "give what was encoded."
-            )
+        self.size = entries.pixel_size
+        self.policy = DecodePolicy(preprocess["decode"]["max_pixels"], tuple(preprocess["decode"]["background"]))
+        self.read = UriReader().read if source is None else open_source(source).read
+        self.items = _planned(store) if source is None else _found(store, source)
 
-    def png(self, key: str) -> bytes:
+    def png(self, item: Item) -> bytes:
         """One picture, as it went into the encoder.
 
         Raises:
-            DataError: it cannot be decoded any more.
+            DataError: it cannot be read any more.
         """
         try:
-            image = decode_image(self.source.read(self.items[key]))
+            image = decode_image(self.read(item), self.policy)
         except BadImage as error:
-            raise DataError(f"{key} was encoded and cannot be decoded now: {error.explanation}") from error
+            raise DataError(
+                f"The picture of {item.key} cannot be read any more ({error.explanation.rstrip('.')}): say by --images "
+                "where it is."
+            ) from error
         stream = io.BytesIO()
         Image.fromarray(adm_center_crop(image, self.size)).save(stream, "PNG", compress_level=4)
         return stream.getvalue()
+
+
+def _planned(store: LatentStore) -> Iterator[Item]:
+    """The inputs of a store's entries, where they were."""
+    inputs = (item for shard in store.plan.shards for item in store.plan.items(shard))
+    for key in store.keys:
+        yield next(item for item in inputs if item.key == key)  # entries stand in the order of the plan
+
+
+def _found(store: LatentStore, source: str) -> Iterator[Item]:
+    """The inputs of a store's entries, in another place."""
+    table = open_source(source).items()
+    keys = store.keys
+    places = pc.index_in(pyarrow.array(keys, table.keys.type), table.keys)
+    if places.null_count:
+        raise RequestError(
+            f"{source} lacks {places.null_count} of the {len(keys)} images of {store.path}, such as "
+            f"{keys[places.is_null().index(True).as_py()]!r}: give what was encoded."
+        )
+    return (table[place.as_py()] for place in places)

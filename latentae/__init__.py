@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from latentae.pipelines.planes import PlaneFlowPipeline
     from latentae.store.encode import encode_dataset
     from latentae.store.reader import LatentStore
+    from latentae.store.streaming import ShardShuffle, StreamedLatents
 
 # public name -> module that defines it. ModelMixin is here for diffusers, whose pipeline loader asks a component's
 # library for it before it believes that the library's classes can be loaded.
@@ -42,6 +43,8 @@ _HOME = {
     "PlaneFlowPipeline": "latentae.pipelines.planes",
     "PlaneTransformer": "latentae.denoisers.planes",
     "SWYCC": "latentae.families.swycc",
+    "ShardShuffle": "latentae.store.streaming",
+    "StreamedLatents": "latentae.store.streaming",
     "bench": "latentae.bench.run",
     "create": "latentae.families.presets",
     "encode_dataset": "latentae.store.encode",
@@ -62,6 +65,8 @@ __all__ = [
     "LiteVAE",
     "PlaneFlowPipeline",
     "PlaneTransformer",
+    "ShardShuffle",
+    "StreamedLatents",
     "__version__",
     "bench",
     "create",

@@ -16,6 +16,7 @@ from diffusers.models.autoencoders.vae import IdentityDistribution
 from torch import Tensor, nn
 
 from latentae.errors import RequestError
+from latentae.families.base import Autoencoder
 from latentae.nn.padding import padding_mode
 from latentae.nn.pixels import pad_to_multiple, to_float
 
@@ -209,6 +210,11 @@ class LatentCodec:
             )
         buffers = dict(self.autoencoder.named_buffers())  # where LTX holds what others hold in the config
         mean, std = (config.get(key, buffers.get(key)) for key in ("latents_mean", "latents_std"))
+        if mean is None and config.get("scaling_factor", 1.0) is None:
+            raise RequestError(
+                f"The configuration of this {type(self.autoencoder).__name__} has scaling_factor null, and no "
+                "latents_mean and latents_std: write the number there, 1.0 if its latents are not to be scaled."
+            )
         return {
             "scaling_factor": float(config.get("scaling_factor") or 1.0),
             "shift_factor": float(config.get("shift_factor") or 0.0),
@@ -286,6 +292,7 @@ class LatentCodec:
         if num_inference_steps is not None:
             return self.with_inference_steps(num_inference_steps).decode(latents, generator=generator)
         z = latents.tensor if isinstance(latents, Latents) else latents
+        self._check_latents(z)
         pixels = self.decode_raw(self.denormalise(z.to(self.device)), generator=generator)
         if not isinstance(latents, Latents):
             return pixels
@@ -299,6 +306,7 @@ class LatentCodec:
 
         Otherwise as `decode`.
         """
+        self._check_latents(z)
         z = z.to(self.device, self.dtype)
         arguments = {**self._fixed_arguments, **({"generator": generator} if self._takes_generator else {})}
         if self._steps:
@@ -306,6 +314,18 @@ class LatentCodec:
         with self._precision():
             output = self._decode(z, **arguments)
         return (output.sample if hasattr(output, "sample") else output).float()
+
+    def _check_latents(self, z: Tensor) -> None:
+        """Refuse what a stock class would fail on somewhere inside; ours look for themselves."""
+        dimensions = (4, 5) if self.is_video else (4,)
+        if isinstance(self.autoencoder, Autoencoder) or (z.ndim in dimensions and z.shape[1] == self.latent_channels):
+            return
+        of_video = ", a video's" if z.ndim == 5 and not self.is_video else ""
+        raise RequestError(
+            f"decode got latents of shape {tuple(z.shape)}{of_video}; "
+            f"{type(self.autoencoder).__name__} takes those of {self.latent_channels} channels in "
+            f"{' or '.join(map(str, dimensions))} dimensions: are they another autoencoder's?"
+        )
 
     def reconstruct(
         self, pixels: Tensor, *, generator: torch.Generator | list[torch.Generator] | None = None

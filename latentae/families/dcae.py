@@ -219,6 +219,7 @@ def per_stage(value: str | Sequence[str], stages: int) -> Sequence[str]:
     return (value,) * stages if isinstance(value, str) else value
 
 
+OURS = ("quantizer", "latents_mean", "latents_std")  # arguments that AutoencoderDC has not
 PER_STAGE = ("block_types", "block_out_channels", "layers_per_block", "qkv_multiscales")
 CHOICES = {
     "upsample_block_type": ("pixel_shuffle", "interpolate"),
@@ -407,6 +408,8 @@ class DCAE(Autoencoder):
         scaling_factor: one over the root mean square of the latents.
         quantizer: makes the latents discrete: ``{"kind": "vq", "codes": 8192}`` or ``{"kind": "fsq", "levels": [8, 5,
             5, 5]}``, with any argument of `VectorQuantizer` or `FSQ`; ``AutoencoderDC`` has no such thing.
+        latents_mean, latents_std: normalised latents are ``(z - mean) * scaling_factor / std``, channel by channel;
+            ``AutoencoderDC`` has no such thing either.
     """
 
     _no_split_modules: Any = ["ResBlock", "EfficientViTBlock"]
@@ -435,11 +438,13 @@ class DCAE(Autoencoder):
         decoder_conv_act_fn: str = "relu",
         scaling_factor: float = 1.0,
         quantizer: dict[str, Any] | None = None,
+        latents_mean: tuple[float, ...] | None = None,
+        latents_std: tuple[float, ...] | None = None,
     ):
         super().__init__()
-        if quantizer is None:  # then the configuration is that of AutoencoderDC
-            self._internal_dict = FrozenDict({k: v for k, v in self._internal_dict.items() if k != "quantizer"})
-        else:
+        unset = {key for key in OURS if self._internal_dict[key] is None}  # then the configuration is AutoencoderDC's
+        self._internal_dict = FrozenDict({k: v for k, v in self._internal_dict.items() if k not in unset})
+        if quantizer is not None:
             self.quantize = make_quantizer(quantizer, latent_channels)
         stages = len(encoder_block_out_channels)
         check_stages(stages, {key: value for key, value in self._internal_dict.items() if not key.startswith("_")})

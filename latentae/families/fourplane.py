@@ -357,6 +357,7 @@ class FourPlane(Autoencoder):
 
     _no_split_modules: Any = ["ResBlock", "FrameAttention"]
     _repeated_blocks: Any = ["ResBlock"]
+    is_video = True
 
     @register_to_config
     def __init__(
@@ -394,7 +395,7 @@ class FourPlane(Autoencoder):
                 f"window_frames {window_frames} must be 1 more than a multiple of temporal_compression "
                 f"{temporal_compression}, and window_overlap {window_overlap} less than that and not negative."
             )
-        temporal_levels = [i >= levels - halvings for i in range(levels)]
+        temporal_levels = self._temporal_levels()
         shared = (
             in_channels, plane_channels, spatial_planes, block_out_channels, layers_per_block, norm_num_groups,
             mid_block_add_attention, temporal_levels,
@@ -415,6 +416,22 @@ class FourPlane(Autoencoder):
         """Channels of the volume that ``decode`` takes: those of all planes."""
         planes = self._internal_dict["spatial_planes"]
         return self._internal_dict["plane_channels"] * (planes + 2 if planes else 1)
+
+    def _derived_config(self) -> dict[str, Any]:
+        """Also statistics that change nothing, where there are none: some pipelines of videos read nothing else."""
+        config = self._internal_dict
+        if config["latents_mean"] is not None:
+            return super()._derived_config()
+        statistics = {"latents_mean": config["shift_factor"], "latents_std": 1.0}
+        return {
+            **super()._derived_config(),
+            **{key: (value,) * self.latent_channels for key, value in statistics.items()},
+        }
+
+    def _temporal_levels(self) -> list[bool]:
+        levels = len(self._internal_dict["block_out_channels"]) - 1
+        halvings = self.temporal_compression_ratio.bit_length() - 1
+        return [i >= levels - halvings for i in range(levels)]
 
     @property
     def compression(self) -> str:
@@ -509,11 +526,7 @@ class FourPlane(Autoencoder):
         Raises:
             RequestError: another shape, or several windows of which the last is not whole.
         """
-        if z.ndim not in (4, 5) or z.shape[1] != self.latent_channels or 0 in z.shape or not z.is_floating_point():
-            raise RequestError(
-                f"decode got latents of shape {tuple(z.shape)} in {z.dtype}; expected floats "
-                f"(B, {self.latent_channels}, T, h, w), or of images (B, {self.latent_channels}, h, w)."
-            )
+        self._check_latents(z)
         is_image = z.ndim == 4
         z = z.unsqueeze(2) if is_image else z
         frames = self._latent_frames(self._internal_dict["window_frames"])

@@ -25,9 +25,9 @@ def export(autoencoder: nn.Module, folder: str | Path, *, with_code: bool = Fals
     """Save an autoencoder so that stock diffusers opens it where that is possible; returns the class it opens as.
 
     DC-AE becomes ``AutoencoderDC``; stock classes stay what they are. A family that diffusers does not have, and a
-    DC-AE with a quantiser, is saved under its own name, which ``latentae.load`` opens. Weights are safetensors; a
-    model card says how to open them. What pads by reflection keeps its class, but only ``latentae.load`` restores the
-    padding; stock diffusers warns that it does not know the key of the configuration.
+    DC-AE with a quantiser or statistics of each channel, is saved under its own name, which ``latentae.load`` opens.
+    Weights are safetensors; a model card says how to open them. What pads by reflection keeps its class, but only
+    ``latentae.load`` restores the padding; stock diffusers warns that it does not know the key of the configuration.
 
     Args:
         with_code: put the code of such a family beside its weights, so that ``diffusers.AutoModel`` opens the folder
@@ -48,7 +48,8 @@ def export(autoencoder: nn.Module, folder: str | Path, *, with_code: bool = Fals
 
 def _is_stock(autoencoder: Autoencoder) -> bool:
     """Whether diffusers' class of the same architecture computes the same."""
-    return autoencoder.quantize is None and padding_mode(autoencoder) == "zeros"
+    plain = autoencoder.quantize is None and autoencoder.config["latents_mean"] is None
+    return plain and padding_mode(autoencoder) == "zeros"
 
 
 def export_with_code(autoencoder: Autoencoder, folder: str | Path) -> Path:

@@ -15,7 +15,7 @@ from latentae.families.presets import PRESETS, create, find_preset
 PIPELINE_KEYS = [
     "block_out_channels", "encoder_block_out_channels", "in_channels", "out_channels", "latent_channels", "z_dim",
     "scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast", "timestep_conditioning",
-    "spatial_compression_ratio", "temporal_compression_ratio", "scale_factor_spatial", "scale_factor_temporal",
+    "spatial_compression_ratio", "temporal_compression_ratio", "scale_factor_spatial",
 ]  # fmt: skip
 
 

@@ -4,8 +4,8 @@
 
 DIR is a checkout of LightningDiT, fast-DiT, REPA, EDM2, MAR or efficientvit, or a folder of such. A store of 24 photos
 and noise images is encoded by a small stock AutoencoderKL, with moments of each image and its mirror image, exported,
-and opened by the loader class of each project, which is taken out of its file unchanged, with the imports of that file
-that can be had here. Every item that it gives is compared with the store. webdataset and datasets are the installed
+and opened by the loader class of each project, which is taken out of its file unchanged, with the
+imports of that file. Every item that it gives is compared with the store. webdataset and datasets are the installed
 packages. A project without a checkout is said to be missing and makes the exit code 1.
 """
 
@@ -18,7 +18,6 @@ import sys
 import tempfile
 import types
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,26 +48,40 @@ class Peer:
     check: Callable[[Any, Path, LatentStore], int]
 
 
-def lift(path: Path, name: str) -> Any:
-    """The class ``name`` of a file, with its bases of the same file and its imports, and nothing else of it run."""
+def lift(path: Path, name: str, root: Path) -> Any:
+    """The class ``name`` of a file, with the classes that it uses and the imports of the file, and nothing else of it.
+
+    ``root`` is that of the project, from which its own modules are imported.
+    """
     tree = ast.parse(path.read_text(encoding="utf-8"))
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     module = types.ModuleType(f"lifted_{name}")
     sys.modules[module.__name__] = module
+    sys.path.append(str(root))
     for node in tree.body:
         if isinstance(node, (ast.Import, ast.ImportFrom)):
-            with suppress(ImportError):  # of what other classes of the file need
-                exec(compile(ast.Module([node], []), str(path), "exec"), module.__dict__)
-    module.__dict__.setdefault("pyspng", None)
-    for needed in _bases(classes, name):
-        exec(compile(ast.Module([classes[needed]], []), str(path), "exec"), module.__dict__)
+            _run(node, path, module)
+    sys.path.remove(str(root))
+    module.__dict__.setdefault("pyspng", None)  # optional, for files that ours are not
+    for needed in dict.fromkeys(_used(classes, name)):
+        _run(classes[needed], path, module)
     return getattr(module, name)
 
 
-def _bases(classes: dict[str, ast.ClassDef], name: str) -> Iterator[str]:
-    for base in classes[name].bases:
-        if isinstance(base, ast.Name) and base.id in classes:
-            yield from _bases(classes, base.id)
+def _run(node: ast.stmt, path: Path, module: types.ModuleType) -> None:
+    try:
+        exec(compile(ast.Module([node], []), str(path), "exec"), module.__dict__)
+    except ImportError:  # of a package that the loader can do without: its names become empty classes
+        for alias in node.names:  # type: ignore[attr-defined]
+            name = alias.asname or alias.name.partition(".")[0]
+            setattr(module, name, type(name, (), {}))
+
+
+def _used(classes: dict[str, ast.ClassDef], name: str) -> Iterator[str]:
+    """The classes of a file that a class uses, those first that others are made of, and itself."""
+    for node in ast.walk(classes[name]):
+        if isinstance(node, ast.Name) and node.id in classes and node.id != name:
+            yield from _used(classes, node.id)
     yield name
 
 
@@ -286,16 +299,15 @@ def main() -> int:
                 results[peer.project] = about | {"opens": None, "error": "no checkout"}
                 continue
             else:
-                sys.path.insert(0, str(path.parents[len(Path(peer.file).parents) - 1]))
-                loader = lift(path, peer.loader)
+                loader = lift(path, peer.loader, root=path.parents[len(Path(peer.file).parents) - 1])
                 about |= {"file": peer.file, "commit": revision(path)}
             results[peer.project] = about | check(peer, loader, folder, store)
     words = {True: "yes", False: "NO", None: "-"}
-    rows = [
-        [project, r["format"], r["loader"], (r.get("commit") or r.get("version") or "-")[:12], words[r["opens"]]]
-        + [r.get("error") or f"{r['items']} items as stored"]
-        for project, r in results.items()
-    ]
+    rows = []
+    for project, r in results.items():
+        version = (r.get("commit") or r.get("version") or "-")[:12]
+        outcome = r.get("error") or f"{r['items']} items as stored"
+        rows.append([project, r["format"], r["loader"], version, words[r["opens"]], outcome])
     print(format_table(["project", "format", "loader", "version", "opens", ""], rows))
     opened = sum(r["opens"] is True for r in results.values())
     print(f"{opened} of {len(results)} loaders, unmodified, read from the exports what the store holds")

@@ -21,7 +21,7 @@ from latentae.data.decode import DEFAULT_POLICY, BadImage, DecodePolicy
 from latentae.data.images import epoch_order, refuse_too_many
 from latentae.data.sample_clips import moving_picture
 from latentae.data.sources import Item
-from latentae.data.sources.base import path_of
+from latentae.data.sources.base import is_url, place_of
 from latentae.data.transforms import adm_center_crop, random_resized_crop_flip
 from latentae.data.video import ASSUMED_FPS, FrameChoice, Video, VideoInfo, frame_rate
 from latentae.errors import RequestError
@@ -175,8 +175,9 @@ def remembered_info(source: ClipSource, item: Item, policy: DecodePolicy, cache:
     Raises:
         BadImage: the clip cannot be read, or its frames are larger than the policy lets pass.
     """
-    path = Path(path_of(item.uri))
-    if cache is None or not path.is_file():
+    place = place_of(item.uri)  # of a clip in a tar or table, that
+    path = Path(place)
+    if cache is None or is_url(place) or not path.is_file():
         return source.open(item, policy).info
     status = path.stat()
     identity = json.dumps([1, item.uri, status.st_size, status.st_mtime_ns, policy.max_pixels])

@@ -331,8 +331,8 @@ def test_which_column(tmp_path):
         ParquetSource(path, column="n")
     pyarrow.parquet.write_table(pyarrow.table({"mask": [b"m"], "image": [b"i"]}), path)
     assert contents(open_source(path)) == {"00000000": b"i"}
-    pyarrow.parquet.write_table(pyarrow.table({"url": ["x"], "width": [1]}), path)
-    with pytest.raises(RequestError, match=r"no column of images .*: it has url \(string\), width \(int64\)"):
+    pyarrow.parquet.write_table(pyarrow.table({"link": ["x"], "width": [1]}), path)
+    with pytest.raises(RequestError, match=r"no column of images .*: it has link \(string\), width \(int64\)"):
         open_source(path)
 
 
@@ -354,7 +354,7 @@ def test_damaged_parquet_files(tmp_path):
 
 
 def test_groups_are_read_once_in_order_and_the_cache_is_bounded(tmp_path, monkeypatch):
-    from latentae.data.sources import parquet
+    from latentae.data.sources import reading
 
     images = [{"bytes": bytes(1000), "path": None} for _ in range(40)]
     source = open_source(write_parquet(tmp_path / "x.parquet", images, row_group_size=5))
@@ -365,10 +365,10 @@ def test_groups_are_read_once_in_order_and_the_cache_is_bounded(tmp_path, monkey
         "read_row_group",
         lambda self, number, **options: groups.append(number) or read(self, number, **options),
     )
-    monkeypatch.setattr(parquet, "CACHE_BYTES", 12_000)
+    monkeypatch.setattr(reading, "CACHE_BYTES", 12_000)
     contents(source)
     assert groups == list(range(8))
-    assert len(source._cache._columns) == 2
+    assert len(source.reader._rows.values) == 2
     source.read(source.items()[-6])
     assert len(groups) == 8
 
@@ -465,13 +465,16 @@ def test_images_that_lie_elsewhere_and_images_that_are_missing(tmp_path):
     ("name", "text", "message"),
     [
         ("m.csv", "path\na.png\n./a.png\n", r"lists .*a\.png twice, in lines 2 and 3"),
-        ("m.csv", "url,width\nx,3\n", "no column path or file or image or file_name in line 2, but url, width"),
+        (
+            "m.csv",
+            "link,width\nx,3\n",
+            "no column path or file or image or file_name or url in line 2, but link, width",
+        ),
         ("m.csv", "path,label\n,3\n", "has '' as path in line 2"),
         ("m.csv", "path\na.png,b.png\n", "more cells than columns in line 2"),
         ("m.csv", 'path\n"a.png\n', "cannot be read as a table"),
         ("m.csv", "", "holds no images"),
         ("m.csv", "path,label\na.png,3\nb.png,dog\n", "labels of two kinds"),
-        ("m.jsonl", '{"path": "https://example.com/a.png"}', "expected the path of a file"),
         ("m.jsonl", '{"path": "a.png"}\n{"path": ', "is not JSON in line 2"),
         ("m.jsonl", '["a.png"]', "one JSON object a line"),
         ("m.jsonl", '{"image": {"bytes": 3}}', "as image in line 1; expected the path"),

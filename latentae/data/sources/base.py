@@ -1,13 +1,18 @@
-"""What every source has in common: items, their names and addresses, labels."""
+"""What every source has in common: items, their names and addresses, labels.
+
+A *place* is an absolute path of this machine or the URL of an object store. A *URI* is a place written so that it is
+always exact, percent-encoded, and behind a ``#`` what is meant of the file there.
+"""
 
 import errno
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote_from_bytes, unquote_to_bytes
+from urllib.parse import quote, quote_from_bytes, unquote, unquote_to_bytes
 
 from latentae.data.decode import BadImage
 
@@ -19,14 +24,18 @@ LABEL_COLUMNS = ("label", "cls")  # the first that is there; also in the metadat
 SKIPPED_FOLDERS = frozenset({"__MACOSX"})
 # Errors that belong to one file; others (a network share that went away) are not the image's fault.
 FILE_ERRORS = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
+GUESSED_BYTES = 2**17  # of an input whose length nobody tells
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*://")
+AS_IT_IS = ("http://", "https://")  # these are percent-encoded already
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
     """One input. ``key`` is its relative posix path with extension, ``uri`` finds its bytes, ``size`` counts them.
 
-    The size is exact but for parquet files, which tell it without being read only on average. ``columns`` are what the
-    source carries along: a caption, the columns of a manifest.
+    The size is exact but for parquet files, long manifests and web pages, where it is about right: they tell it only
+    on average, or not at all, without being read. ``columns`` are what the source carries along: a caption, the columns
+    of a manifest.
     """
 
     key: str
@@ -34,6 +43,40 @@ class Item:
     size: int
     label: int | None = None
     columns: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+
+def is_url(place: str | os.PathLike[str]) -> bool:
+    """Whether a name is the URL of an object store, and no path of this machine."""
+    return isinstance(place, str) and URL.match(place) is not None
+
+
+def place_of_name(name: str | os.PathLike[str]) -> str:
+    """The absolute path, or the URL, that a user gives; ``file://`` is a path too."""
+    if is_url(name):
+        given = str(name).rstrip("/") if not str(name).endswith("://") else str(name)
+        return path_of(given) if given.lower().startswith("file://") else given
+    return os.path.abspath(name)  # noqa: PTH100  # names may not be UTF-8
+
+
+def uri_of(place: str) -> str:
+    """The URI of a place."""
+    if not is_url(place):
+        return file_uri(place)
+    if place.startswith(AS_IT_IS):
+        return place.replace("#", "%23")
+    scheme, _, rest = place.partition("://")
+    return f"{scheme}://{quote(rest)}"
+
+
+def place_of(uri: str) -> str:
+    """The place that `uri_of` was made of, without what stands behind the ``#``."""
+    address = uri.partition("#")[0]
+    if address.startswith("file://"):
+        return path_of(address)
+    if address.startswith(AS_IT_IS):
+        return address
+    scheme, _, rest = address.partition("://")
+    return f"{scheme}://{unquote(rest)}"
 
 
 def file_uri(path: str) -> str:
@@ -51,6 +94,15 @@ def key_of(relative: str) -> str:
     return os.fsencode(relative).decode("utf-8", "backslashreplace").replace(os.sep, "/")
 
 
+def relative_key(place: str, root: str | os.PathLike[str] | None) -> str:
+    """What the keys of the items of an archive begin with: its path from ``root``, and a slash; nothing without."""
+    if root is None:
+        return ""
+    if is_url(place):
+        return place.removeprefix(place_of_name(root).rstrip("/") + "/") + "/"
+    return key_of(os.path.relpath(place, root)) + "/"
+
+
 def extension_of(name: str) -> str:
     """The extension of a path or key in small letters, with its dot; empty without one."""
     return os.path.splitext(name)[1].lower()  # noqa: PTH122  # of millions
@@ -61,12 +113,14 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name in SKIPPED_FOLDERS
 
 
-def read_file(item: Item) -> bytes:
-    """The bytes of the file that ``item.uri`` names."""
+def size_of_path(path: str) -> int:
+    """The size of a file, 0 for one that cannot be looked at, which reading will report."""
     try:
-        return Path(path_of(item.uri)).read_bytes()
+        return Path(path).stat().st_size
     except OSError as error:
-        raise unreadable(item, error) from error
+        if error.errno in FILE_ERRORS:
+            return 0
+        raise
 
 
 def unreadable(item: Item, error: OSError) -> Exception:

@@ -1,30 +1,27 @@
 """Images in parquet files, as the Hugging Face hub holds them: row groups read when they are needed."""
 
-import bisect
 import os
-import re
-from collections import OrderedDict
-from itertools import accumulate
-from threading import Lock
-from typing import Any
+from collections.abc import Sequence
+from urllib.parse import quote
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from latentae.data.decode import BadImage
-from latentae.data.sources.base import (
-    FILE_ERRORS,
-    LABEL_COLUMNS,
-    Item,
-    file_uri,
-    key_of,
-    label_of,
-    path_of,
+from latentae.data.sources.base import Item, place_of_name, relative_key, uri_of
+from latentae.data.sources.columns import Carried
+from latentae.data.sources.reading import UriReader, parquet_input
+from latentae.data.sources.rows import (
+    bytes_leaves,
+    image_column,
+    label_column,
+    leaf_column,
+    path_leaf,
+    row_keys,
+    row_uris,
 )
 from latentae.data.sources.table import ItemTable, ItemTableBuilder
 from latentae.errors import DataError, RequestError
-
-CACHE_BYTES = 128 * 2**20
 
 
 class ParquetSource:
@@ -34,7 +31,7 @@ class ParquetSource:
     A key is the number of the row and the name in ``path``, ``00000012-dog.jpg``, so that the order of the keys is that
     of the file; with ``root`` it begins with the path of the file from there. `open_source` gives a root for folders
     and patterns, even of one file. The label is in the column ``label`` (else ``cls``); texts are numbered in sorted
-    order.
+    order. The other columns are carried along; those that hold bytes are not.
 
     Reading an image reads its row group, and the last ones are kept, up to 128 MiB in each process. Encoding goes
     through the rows in order and reads every group once; training, which jumps, reads about a group for each image:
@@ -42,158 +39,99 @@ class ParquetSource:
 
     Args:
         column: the column of images, where there are several of which none is called ``image``.
+        columns: names of the columns to carry along; None for all.
+        usual: the name of a column that is taken without being asked for.
 
     Raises:
-        RequestError: no column of images, or more than one to choose from.
+        RequestError: no column of images, or more than one to choose from; or no column to carry of such a name.
         DataError: a file is cut short or damaged.
     """
 
     def __init__(
-        self, *paths: str | os.PathLike[str], root: str | os.PathLike[str] | None = None, column: str | None = None
+        self,
+        *paths: str | os.PathLike[str],
+        root: str | os.PathLike[str] | None = None,
+        column: str | None = None,
+        columns: Sequence[str] | None = None,
+        usual: str = "image",
     ):
-        files = [os.path.abspath(path) for path in paths]  # noqa: PTH100  # names may not be UTF-8
-        self._groups: dict[str, list[int]] = {}  # of each file, the rows up to the end of each group
-        self._leaves: dict[str, str] = {}
+        places = [place_of_name(path) for path in paths]
+        self.reader = UriReader()
+        self.column: str | None = None
+        self._carried = Carried(columns)
         found = ItemTableBuilder()
-        for file in files:
-            prefix = "" if root is None else key_of(os.path.relpath(file, root)) + "/"
-            with _open(file) as parquet:
-                leaf = self._leaves[file] = _image_leaf(file, parquet.schema_arrow, column)
-                sizes, self._groups[file] = _sizes(parquet, leaf)
-                names, file_labels = _names_and_labels(file, parquet, leaf)
-            uri = file_uri(file)
-            for row, (name, size, label) in enumerate(zip(names, sizes, file_labels)):
-                found.append(f"{prefix}{row:08d}{name}", f"{uri}#row={row}", size, label)
-        self._items = found.finish(files[0] if root is None else str(root)).sorted()
-        self._cache = _Cache()
+        for place in places:
+            with open_parquet(place) as parquet:
+                chosen = image_column(place, parquet.schema_arrow, column, usual)
+                self._add(place, parquet, relative_key(place, root), chosen, found)
+            self.column = chosen
+        where = places[0] if root is None else str(root)
+        self._carried.check(where)
+        self._items = found.finish(where).sorted()
 
     def items(self) -> ItemTable:
         return self._items
 
     def read(self, item: Item) -> bytes:
-        uri, _, row = item.uri.partition("#row=")
-        path = path_of(uri)
-        ends = self._groups[path]
-        group = bisect.bisect_right(ends, int(row))
+        return self.reader.read(item)
+
+    def _add(
+        self, place: str, parquet: pyarrow.parquet.ParquetFile, prefix: str, column: str, found: ItemTableBuilder
+    ) -> None:
+        schema = parquet.schema_arrow
+        uri, suffix = uri_of(place), column_suffix(place, schema, column)
+        leaf, names = bytes_leaves(schema)[column], path_leaf(schema, column)
+        labelled = label_column(schema.names)
+        carried = self._carried.fields(schema, {column, labelled})
+        columns = [name for name in (names, labelled, *carried) if name]
         try:
-            images = self._cache.get(path, group, self._leaves[path])
+            table = parquet.read(columns=columns, use_threads=False)
         except (OSError, pyarrow.ArrowException) as error:
-            number = getattr(error, "errno", None)
-            if number is not None and number not in FILE_ERRORS:
-                raise
+            if getattr(error, "errno", None) is not None:
+                raise RequestError(f"{place} cannot be read ({error.strerror}): run the same command again.") from error
             reason = " ".join(str(error).split())
-            raise BadImage("unreadable", f"{item.key} cannot be read: its row group is damaged ({reason}).") from error
-        place = int(row) - (ends[group - 1] if group else 0)
-        data = images[place].as_py() if place < len(images) else None
-        if data is None:
-            raise BadImage("unreadable", f"{item.key} cannot be read: its row holds no bytes.")
-        return data
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _cache=_Cache())
-
-
-class _Cache:
-    """Columns of the row groups that were read last."""
-
-    def __init__(self) -> None:
-        self._columns: OrderedDict[tuple[str, int], pyarrow.ChunkedArray] = OrderedDict()
-        self._bytes = 0
-        self._lock = Lock()
-
-    def get(self, path: str, group: int, leaf: str) -> pyarrow.ChunkedArray:
-        with self._lock:  # threads that want one group wait for one reading of it
-            if (path, group) not in self._columns:
-                with pyarrow.parquet.ParquetFile(path) as parquet:
-                    table = parquet.read_row_group(group, columns=[leaf], use_threads=False)
-                column = self._columns[path, group] = _leaf_column(table, leaf)
-                self._bytes += column.nbytes
-                while self._bytes > CACHE_BYTES and len(self._columns) > 1:
-                    self._bytes -= self._columns.popitem(last=False)[1].nbytes
-            self._columns.move_to_end((path, group))
-            return self._columns[path, group]
-
-
-def _open(path: str) -> pyarrow.parquet.ParquetFile:
-    try:
-        return pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{path} is cut short or no parquet file: fetch or write it again.") from error
-    except OSError as error:
-        raise RequestError(f"{path} cannot be read ({error.strerror or error}): check the file.") from error
-
-
-def _image_leaf(path: str, schema: pyarrow.Schema, wanted: str | None) -> str:
-    """The path in the schema of the images' bytes."""
-    leaves = {field.name: leaf for field in schema if (leaf := _bytes_leaf(field)) is not None}
-    if wanted is not None and wanted not in leaves:
-        raise RequestError(f"{path} has no column {wanted!r} of images: {_columns(schema)}.")
-    if not leaves:
-        raise RequestError(f"{path} has no column of images (bytes, or a struct that holds them): {_columns(schema)}.")
-    if wanted is None and len(leaves) > 1 and "image" not in leaves:
-        raise RequestError(
-            f"{path} has several columns of images, {', '.join(leaves)}: name one, "
-            f"ParquetSource(path, column={next(iter(leaves))!r}), or call it image."
+            raise DataError(f"{place} is damaged ({reason}): fetch or write it again.") from error
+        count = parquet.metadata.num_rows
+        found.extend(
+            row_keys(prefix, 0, count, leaf_column(table, names) if names else None),
+            row_uris(uri, 0, count, suffix),
+            _sizes(parquet.metadata, leaf),
+            table.column(labelled) if labelled else None,
+            self._carried.of_table(table, carried),
         )
-    return leaves[wanted or ("image" if "image" in leaves else next(iter(leaves)))]
 
 
-def _bytes_leaf(field: pyarrow.Field) -> str | None:
-    types = pyarrow.types
-    kind = field.type
-    if types.is_binary(kind) or types.is_large_binary(kind):
-        return field.name
-    if types.is_struct(kind) and any(inner.name == "bytes" and _bytes_leaf(inner) for inner in kind):
-        return f"{field.name}.bytes"
-    return None
+def _sizes(metadata: pyarrow.parquet.FileMetaData, leaf: str) -> np.ndarray:
+    """For each row, the average size of an image in its row group."""
+    sizes, counts = [], []
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        chunks = (group.column(i) for i in range(group.num_columns))
+        size = next(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == leaf)
+        sizes.append(size // max(group.num_rows, 1))
+        counts.append(group.num_rows)
+    return np.repeat(np.array(sizes, np.int64), counts)
 
 
-def _columns(schema: pyarrow.Schema) -> str:
-    return "it has " + ", ".join(f"{field.name} ({field.type})" for field in schema)
+def open_parquet(place: str) -> pyarrow.parquet.ParquetFile:
+    """A parquet file.
 
-
-def _sizes(parquet: pyarrow.parquet.ParquetFile, leaf: str) -> tuple[list[int], list[int]]:
-    """The average size of an image in its row group, for each row; and the rows up to the end of each group."""
-    sizes, rows = list[int](), list[int]()
-    for number in range(parquet.metadata.num_row_groups):
-        group = parquet.metadata.row_group(number)
-        columns = (group.column(i) for i in range(group.num_columns))
-        total = next(column.total_uncompressed_size for column in columns if column.path_in_schema == leaf)
-        sizes += [total // max(group.num_rows, 1)] * group.num_rows
-        rows.append(group.num_rows)
-    return sizes, list(accumulate(rows))
-
-
-def _names_and_labels(
-    path: str, parquet: pyarrow.parquet.ParquetFile, leaf: str
-) -> tuple[list[str], list[int | str | None]]:
-    """For each row ``-NAME`` of its path, or nothing, and its label, without reading any image."""
-    schema, rows = parquet.schema_arrow, parquet.metadata.num_rows
-    labelled = next((name for name in LABEL_COLUMNS if name in schema.names), None)
-    path_leaf = leaf.removesuffix(".bytes") + ".path"
-    with_path = path_leaf in {parquet.schema.column(i).path for i in range(len(parquet.schema.names))}
-    columns = ([path_leaf] if with_path else []) + ([labelled] if labelled else [])
+    Raises:
+        DataError: it is damaged.
+        RequestError: it cannot be read.
+    """
     try:
-        table = parquet.read(columns=columns, use_threads=False)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{path} is damaged ({' '.join(str(error).split())}): fetch or write it again.") from error
-    paths = _leaf_column(table, path_leaf).to_pylist() if with_path else [None] * rows
-    labels = table.column(labelled).to_pylist() if labelled else [None] * rows
-    return [_name(value) for value in paths], [label_of(label) for label in labels]
+        return pyarrow.parquet.ParquetFile(parquet_input(place))
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(f"{place} is cut short or no parquet file: fetch or write it again.") from error
+    except OSError as error:
+        raise RequestError(f"{place} cannot be read ({error.strerror or error}): check the file.") from error
 
 
-def _name(path: object) -> str:
-    """``-NAME`` for a path, which may come from anywhere and say anything."""
-    name = re.split(r"[/\\]", path.strip())[-1].replace("\0", "")[-100:] if isinstance(path, str) else ""
-    return f"-{name}" if name.strip(".") else ""
-
-
-def _leaf_column(table: pyarrow.Table, leaf: str) -> pyarrow.ChunkedArray:
-    """The column at a path such as ``image.bytes``, of a table that was read with nothing else in that column."""
-    if leaf in table.column_names:
-        return table.column(leaf)
-    name = leaf.rpartition(".")[0]
-    return table.column(name).flatten()[0]
+def column_suffix(place: str, schema: pyarrow.Schema, column: str) -> str:
+    """What the addresses of rows end in: nothing where a reader finds the column by itself."""
+    try:
+        by_itself = image_column(place, schema, None)
+    except RequestError:
+        by_itself = None
+    return "" if column == by_itself else f"&column={quote(column, safe='')}"

@@ -7,7 +7,7 @@ from typing import Any, Protocol, overload
 import pyarrow
 import pyarrow.compute as pc
 
-from latentae.data.sources.base import Item
+from latentae.data.sources.base import Item, label_of
 from latentae.errors import RequestError
 
 SCHEMA = pyarrow.schema(
@@ -21,6 +21,14 @@ SCHEMA = pyarrow.schema(
 OWN = SCHEMA.names
 ITEMS_AT_ONCE = 65536
 NO_COLUMNS: Mapping[str, Any] = MappingProxyType({})
+
+
+class SameKey(RequestError):
+    """Two items have one key."""
+
+    def __init__(self, key: str, uri: str, other: str):
+        super().__init__(f"{uri} and {other} would both get the key {key!r}: rename one.")
+        self.key = key
 
 
 class ItemTable(Sequence[Item]):
@@ -65,9 +73,7 @@ class ItemTable(Sequence[Item]):
         for batch in self.table.to_batches(max_chunksize=ITEMS_AT_ONCE):
             columns = [batch.column(i).to_pylist() for i in range(batch.num_columns)]
             for key, uri, size, label, *values in zip(*columns):
-                yield Item(
-                    key, uri, size, label, MappingProxyType(dict(zip(carried, values))) if carried else NO_COLUMNS
-                )
+                yield Item(key, uri, size, label, dict(zip(carried, values)))
 
     def take(self, indices: Any) -> "ItemTable":
         """The items at ``indices``, in that order."""
@@ -95,7 +101,7 @@ class ItemTable(Sequence[Item]):
         """The same items in the order of their keys, letter by letter.
 
         Raises:
-            RequestError: two items have one key.
+            SameKey: two items have one key.
         """
         keys = self.keys
         ascending = len(self) < 2 or pc.all(pc.less(keys[:-1], keys[1:])).as_py()
@@ -104,7 +110,7 @@ class ItemTable(Sequence[Item]):
         if not ascending and pc.any(same := pc.equal(keys[:-1], keys[1:])).as_py():
             first = pc.index(same, True).as_py()
             one, other = ItemTable(table.slice(first, 2))
-            raise RequestError(f"{one.uri} and {other.uri} would both get the key {one.key!r}: rename one.")
+            raise SameKey(one.key, one.uri, other.uri)
         return ItemTable(table)
 
 
@@ -152,6 +158,39 @@ class ItemTableBuilder:
         if len(self._rows) >= ITEMS_AT_ONCE:
             self._flush()
 
+    def extend(
+        self,
+        keys: pyarrow.Array,
+        uris: pyarrow.Array,
+        sizes: Any,
+        labels: pyarrow.ChunkedArray | None = None,
+        columns: Mapping[str, pyarrow.Array] = NO_COLUMNS,
+    ) -> None:
+        """Append many items at once: arrays of Arrow, labels as files hold them (`label_of`)."""
+        if self._rows:
+            self._flush()
+        numbers = pyarrow.nulls(len(keys), pyarrow.int64()) if labels is None else self._numbered_column(labels)
+        table = pyarrow.table([keys, uris, pyarrow.array(sizes, pyarrow.int64()), numbers], names=OWN).cast(SCHEMA)
+        for name, column in columns.items():
+            table = table.append_column(name, column)
+        self._tables.append(table)
+
+    def _numbered_column(self, labels: pyarrow.ChunkedArray) -> pyarrow.ChunkedArray:
+        if isinstance(labels, pyarrow.Array):
+            labels = pyarrow.chunked_array([labels])
+        if pyarrow.types.is_dictionary(labels.type):
+            labels = labels.cast(labels.type.value_type)
+        if pyarrow.types.is_integer(labels.type) and not pyarrow.types.is_uint64(labels.type):
+            numbers = labels.cast(pyarrow.int64())
+            numbers = pc.if_else(pc.greater_equal(numbers, 0), numbers, None)
+            self._number = pc.max(numbers).as_py() if self._number is None else self._number
+            return numbers
+        coded = labels.combine_chunks().dictionary_encode()
+        if isinstance(coded, pyarrow.ChunkedArray):
+            coded = coded.combine_chunks()
+        meant = [self._numbered(label_of(value)) for value in coded.dictionary.to_pylist()]
+        return pyarrow.array(meant, pyarrow.int64()).take(coded.indices)
+
     def _numbered(self, label: int | str | None) -> int | None:
         if isinstance(label, str):
             return self._classes.setdefault(label, len(self._classes))
@@ -187,7 +226,7 @@ class ItemTableBuilder:
                     kinds.setdefault(field.name, set()).add(field.type)
         for number, table in enumerate(self._tables):
             for place, field in enumerate(table.schema):
-                if len(kinds.get(field.name, ())) > 1:
+                if _differ(kinds.get(field.name, set())):
                     table = table.set_column(place, field.name, _as_text(table.column(place)))
             self._tables[number] = table
         table = pyarrow.concat_tables(self._tables, promote_options="permissive").combine_chunks()
@@ -199,16 +238,28 @@ class ItemTableBuilder:
         return ItemTable(table)
 
 
+def _differ(kinds: set[pyarrow.DataType]) -> bool:
+    """Whether one column has values of several kinds; whole numbers and others are of one."""
+    return len(kinds) > 1 and not all(map(_is_number, kinds))
+
+
+def _is_number(kind: pyarrow.DataType) -> bool:
+    return pyarrow.types.is_integer(kind) or pyarrow.types.is_floating(kind)
+
+
 def _carried_array(values: list[Any]) -> pyarrow.Array:
     """Values as Arrow has them; as text where they are of several types or Arrow has no word for them."""
     try:
         array = pyarrow.array(values)
-    except (pyarrow.ArrowException, OverflowError):
-        return pyarrow.array([None if value is None else str(value) for value in values], pyarrow.large_string())
+    except (pyarrow.ArrowException, OverflowError, UnicodeEncodeError):
+        return pyarrow.array([_text(value) for value in values], pyarrow.large_string())
     return array.cast(pyarrow.large_string()) if pyarrow.types.is_string(array.type) else array
 
 
 def _as_text(column: pyarrow.ChunkedArray) -> pyarrow.ChunkedArray:
-    return pyarrow.chunked_array(
-        [[None if value is None else str(value) for value in column.to_pylist()]], pyarrow.large_string()
-    )
+    return pyarrow.chunked_array([[_text(value) for value in column.to_pylist()]], pyarrow.large_string())
+
+
+def _text(value: object) -> str | None:
+    """A value as text; half of a surrogate pair, which is no text, as ``\\udNNN``."""
+    return None if value is None else str(value).encode("utf-8", "backslashreplace").decode()

@@ -4,36 +4,37 @@ import json
 import os
 import posixpath
 import tarfile
-from collections import Counter, OrderedDict
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence, Set
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
-from threading import Lock
-from typing import Any
+from typing import Any, BinaryIO
 
-from latentae.data.decode import BadImage
 from latentae.data.sources.base import (
     IMAGE_EXTENSIONS,
     LABEL_COLUMNS,
     Item,
-    file_uri,
     is_hidden,
     label_of,
-    path_of,
-    unreadable,
+    place_of_name,
+    relative_key,
+    uri_of,
 )
+from latentae.data.sources.columns import Carried
+from latentae.data.sources.reading import UriReader
+from latentae.data.sources.remote import open_place
 from latentae.data.sources.table import ItemTable, ItemTableBuilder
 from latentae.errors import DataError, RequestError
 
-OPEN_TARS = 64
 LISTING_THREADS = 8  # on a network, listing is waiting
-LABEL_BYTES = 2**20
+METADATA_BYTES = 2**20
+METADATA = (".cls", ".json", ".txt")
 LINKS_IN_A_ROW = 40
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
 class TarSource:
-    """The images of one tar or of several, chosen by the extension of their members.
+    """The images of one tar or of several, chosen by the extension of their members, or files of other ``extensions``.
 
     A key is the path of the member. With ``root`` it begins with the path of its tar from there, as in
     ``train-003.tar/dog.jpg``, so that tars that repeat names never collide and a tar that is added changes no key;
@@ -42,107 +43,94 @@ class TarSource:
 
     The label of ``dog.jpg`` is what ``dog.cls`` holds, or ``label`` (else ``cls``) in ``dog.json``; the image
     ``dog.left.jpg`` has these of ``dog.left`` or else of ``dog``. Labels that are texts are numbered in sorted order.
+    The text in ``dog.txt`` is carried along as ``caption``, and so are the fields of ``dog.json``.
+
+    Args:
+        columns: names of the fields to carry along; None for all.
 
     Raises:
-        RequestError: a tar is compressed, a member's name leads out of any folder, or a name occurs twice in a tar.
+        RequestError: a tar is compressed, a member's name leads out of any folder, or a name occurs twice in a tar; or
+            no field to carry of such a name.
         DataError: a tar is cut short or damaged.
     """
 
-    def __init__(self, *paths: str | os.PathLike[str], root: str | os.PathLike[str] | None = None):
-        files = [os.path.abspath(path) for path in paths]  # noqa: PTH100  # names may not be UTF-8
-        with ThreadPoolExecutor(LISTING_THREADS) as pool:
-            listings = list(pool.map(_list_tar, files))
+    def __init__(
+        self,
+        *paths: str | os.PathLike[str],
+        root: str | os.PathLike[str] | None = None,
+        columns: Sequence[str] | None = None,
+        extensions: Set[str] = IMAGE_EXTENSIONS,
+    ):
+        places = [place_of_name(path) for path in paths]
+        carried = Carried(columns)
+        self.reader = UriReader()
         self.other_files: Counter[str] = Counter()
         found = ItemTableBuilder()
-        for file, listing in zip(files, listings):
+        for place, listing in _listings(places, extensions, bool(carried)):
             self.other_files += listing.other_files
-            prefix = "" if root is None else Path(os.path.relpath(file, root)).as_posix() + "/"
-            prefix, uri = _readable(prefix), file_uri(file)
+            prefix, uri = _readable(relative_key(place, root)), uri_of(place)
             for name, (offset, size) in listing.images.items():
-                address = uri if offset is None else f"{uri}#offset={offset}"
-                found.append(prefix + name, address, size, listing.label(name))
-        self._items = found.finish(files[0] if root is None else str(root)).sorted()
-        self._open = _OpenFiles()
+                address = f"{uri}#offset={'' if offset is None else offset}"
+                row = listing.metadata_of(name)
+                label = label_of(row.get(LABEL))
+                found.append(prefix + name, address, size, label, carried.of_row(row, (LABEL,)) if carried else {})
+        where = places[0] if root is None else str(root)
+        self._items = found.finish(where).sorted()
+        if len(self._items):
+            carried.check(where)
 
     def items(self) -> ItemTable:
         return self._items
 
     def read(self, item: Item) -> bytes:
-        uri, _, offset = item.uri.partition("#offset=")
-        if not offset:
-            raise BadImage("unreadable", f"{item.key} is a link to nothing in its tar.")
-        try:
-            data = self._open[path_of(uri)].read(int(offset), item.size)
-        except OSError as error:
-            raise unreadable(item, error) from error
-        if len(data) < item.size:
-            raise BadImage("unreadable", f"{item.key} cannot be read (its tar is shorter than when it was listed).")
-        return data
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _open=_OpenFiles())
+        return self.reader.read(item)
 
 
-class _OpenFile:
-    """A file that threads may read at the same time; it is closed when nobody holds it any more."""
-
-    def __init__(self, path: str):
-        self.descriptor = os.open(path, os.O_RDONLY)
-
-    def read(self, offset: int, size: int) -> bytes:
-        data = os.pread(self.descriptor, size, offset)
-        while len(data) < size and (more := os.pread(self.descriptor, size - len(data), offset + len(data))):
-            data += more
-        return data
-
-    def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
-
-
-class _OpenFiles:
-    """The files that were read last, kept open."""
-
-    def __init__(self) -> None:
-        self._files: OrderedDict[str, _OpenFile] = OrderedDict()
-        self._lock = Lock()
-
-    def __getitem__(self, path: str) -> _OpenFile:
-        with self._lock:
-            if path not in self._files:
-                self._files[path] = _OpenFile(path)
-                if len(self._files) > OPEN_TARS:
-                    self._files.popitem(last=False)
-            self._files.move_to_end(path)
-            return self._files[path]
+LABEL = "\0label"  # under which a sample's label stands among its metadata, where no field can
 
 
 @dataclass
 class _Listing:
-    """What is in one tar: where the images are, (None, 0) for a link to nothing, and labels by name without suffix."""
+    """What is in one tar: where the images are, (None, 0) for a link to nothing, and metadata by name."""
 
     images: dict[str, tuple[int | None, int]] = field(default_factory=dict)
-    classes: dict[str, int | str] = field(default_factory=dict)
+    metadata: dict[str, dict[str, Any]] = field(default_factory=dict)
     other_files: Counter[str] = field(default_factory=Counter)
 
-    def label(self, image: str) -> int | str | None:
+    def add(self, stem: str, values: dict[str, Any], *, first: bool) -> None:
+        """Add what a file says; ``first`` where it is to be believed more than others."""
+        known = self.metadata.get(stem, {})
+        self.metadata[stem] = {**known, **values} if first else {**values, **known}
+
+    def metadata_of(self, image: str) -> dict[str, Any]:
         folder, name = posixpath.split(image)
-        for stem in (posixpath.splitext(name)[0], name.partition(".")[0]):
-            if (known := posixpath.join(folder, stem)) in self.classes:
-                return self.classes[known]
-        return None
+        stems = (posixpath.join(folder, stem) for stem in (name.partition(".")[0], posixpath.splitext(name)[0]))
+        row: dict[str, Any] = {}
+        for stem in stems:
+            row |= self.metadata.get(stem, {})
+        return row
 
 
-def _list_tar(path: str) -> _Listing:
+def _listings(places: list[str], extensions: Set[str], with_fields: bool) -> Iterator[tuple[str, _Listing]]:
+    """The listings of tars, in their order; few of them are in memory at a time."""
+    with ThreadPoolExecutor(LISTING_THREADS) as pool:
+        window: deque[tuple[str, Future[_Listing]]] = deque()
+        for place in places:
+            window.append((place, pool.submit(_list_tar, place, extensions, with_fields)))
+            if len(window) >= 2 * LISTING_THREADS:
+                place, future = window.popleft()
+                yield place, future.result()
+        for place, future in window:
+            yield place, future.result()
+
+
+def _list_tar(path: str, extensions: Set[str], with_fields: bool) -> _Listing:
     try:
-        with Path(path).open("rb") as stream:
+        with open_place(path) as stream:
             _refuse_compressed(path, stream.read(8))
             stream.seek(0)
             with tarfile.open(fileobj=stream, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
-                return _list_members(path, tar, _OpenFile(path))
+                return _list_members(path, tar, stream, extensions, with_fields)
     except (RequestError, DataError):
         raise
     except (tarfile.TarError, ValueError, IndexError, OverflowError) as error:  # the latter from hostile headers
@@ -151,7 +139,9 @@ def _list_tar(path: str) -> _Listing:
         raise RequestError(f"{path} cannot be read ({error.strerror or error}): check the file.") from error
 
 
-def _list_members(path: str, tar: tarfile.TarFile, content: _OpenFile) -> _Listing:
+def _list_members(
+    path: str, tar: tarfile.TarFile, stream: BinaryIO, extensions: Set[str], with_fields: bool
+) -> _Listing:
     listing = _Listing()
     regular: dict[str, tuple[int, int]] = {}
     links: dict[str, str] = {}
@@ -168,28 +158,37 @@ def _list_members(path: str, tar: tarfile.TarFile, content: _OpenFile) -> _Listi
         extension = extension.lower()
         if any(is_hidden(part) for part in name.split("/") if part != ".."):
             continue
-        if extension in IMAGE_EXTENSIONS:
+        if extension in extensions:
             _refuse_unsafe(path, name)
             if name in regular or name in links:
                 raise RequestError(f"{path} holds {name!r} twice: write it again with a name for each image.")
-        elif extension not in (".cls", ".json"):
+        elif extension not in METADATA:
             listing.other_files[extension or "no extension"] += 1
         if member.issym():
             links[name] = posixpath.normpath(posixpath.join(posixpath.dirname(name), _readable(member.linkname)))
         elif member.islnk():
             links[name] = posixpath.normpath(_readable(member.linkname))
         elif member.isreg() and not member.issparse():
-            regular[name] = (member.offset_data, member.size)
-            if extension in (".cls", ".json") and member.size <= LABEL_BYTES:
-                data = content.read(member.offset_data, member.size)
-                label = label_of(data.decode("utf-8", "replace")) if extension == ".cls" else _json_label(data)
-                if label is not None and (extension == ".cls" or stem not in listing.classes):
-                    listing.classes[stem] = label
-    _refuse_unfinished(path, end, content)
+            if extension not in METADATA:
+                regular[name] = (member.offset_data, member.size)
+            elif member.size <= METADATA_BYTES and (with_fields or extension != ".txt"):
+                data = _bytes_at(stream, member.offset_data, member.size)
+                if extension == ".json":
+                    listing.add(stem, _json_fields(data, with_fields), first=False)
+                elif extension == ".txt":
+                    listing.add(stem, {"caption": data.decode("utf-8", "replace").strip()}, first=True)
+                elif (label := label_of(data.decode("utf-8", "replace"))) is not None:
+                    listing.add(stem, {LABEL: label}, first=True)
+    _refuse_unfinished(path, end, stream)
     for name in (*regular, *links):
-        if posixpath.splitext(name)[1].lower() in IMAGE_EXTENSIONS:
+        if posixpath.splitext(name)[1].lower() in extensions:
             listing.images[name] = _follow(name, regular, links)
     return listing
+
+
+def _bytes_at(stream: BinaryIO, offset: int, size: int) -> bytes:
+    stream.seek(offset)
+    return stream.read(size)
 
 
 def _follow(
@@ -204,15 +203,17 @@ def _follow(
     return None, 0
 
 
-def _json_label(data: bytes) -> int | str | None:
-    """The label in a sample's metadata; metadata that cannot be read has none."""
+def _json_fields(data: bytes, with_fields: bool) -> dict[str, Any]:
+    """A sample's metadata, its label apart; metadata that cannot be read has none."""
     try:
         metadata = json.loads(data)
     except (ValueError, RecursionError):
-        return None
+        return {}
     if not isinstance(metadata, dict):
-        return None
-    return label_of(next((metadata[name] for name in LABEL_COLUMNS if name in metadata), None))
+        return {}
+    labelled = next((name for name in LABEL_COLUMNS if name in metadata), None)
+    label = label_of(metadata.pop(labelled)) if labelled else None
+    return {**(metadata if with_fields else {}), **({} if label is None else {LABEL: label})}
 
 
 def _readable(name: str) -> str:
@@ -236,13 +237,13 @@ def _refuse_unsafe(path: str, name: str) -> None:
         )
 
 
-def _refuse_unfinished(path: str, end: int, content: _OpenFile) -> None:
+def _refuse_unfinished(path: str, end: int, stream: BinaryIO) -> None:
     """`tarfile` takes a damaged header for the end; a tar that was written to its end has a block of zeros there, and
     nothing but zeros behind it."""
-    block = content.read(end, tarfile.BLOCKSIZE)
+    block = _bytes_at(stream, end, tarfile.BLOCKSIZE)
     if len(block) < tarfile.BLOCKSIZE:
         raise DataError(f"{path} is cut short: it stops after {end} bytes without a mark of its end; fetch it again.")
     if any(block):
         raise DataError(f"{path} is damaged at byte {end}: fetch or write it again.")
-    if any(content.read(end, 2 * tarfile.RECORDSIZE)):
+    if any(_bytes_at(stream, end, 2 * tarfile.RECORDSIZE)):
         raise RequestError(f"{path} goes on behind its end, as tars do that were joined by cat: give them one by one.")

@@ -19,6 +19,7 @@ may go unnoticed.
 from latentae.data.video.base import (
     ASSUMED_FPS,
     BadVideo,
+    ClipBytes,
     FrameChoice,
     Video,
     VideoInfo,
@@ -34,6 +35,7 @@ __all__ = [
     "VIDEO_EXTENSIONS",
     "VIDEO_FORMATS",
     "BadVideo",
+    "ClipBytes",
     "FrameChoice",
     "Video",
     "VideoInfo",

@@ -1,6 +1,7 @@
 """What every clip has in common: when its frames are shown, which of them are wanted, and how they are read."""
 
 import bisect
+import io
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -9,6 +10,7 @@ from fractions import Fraction
 from functools import cached_property
 from itertools import islice, pairwise
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -170,10 +172,27 @@ def check_memory(frames: int, height: int, width: int) -> None:
         )
 
 
+@dataclass(frozen=True, repr=False)
+class ClipBytes:
+    """A clip in memory, which is opened as a path is."""
+
+    data: bytes
+    name: str
+
+    def open(self, mode: str = "rb") -> BinaryIO:
+        return io.BytesIO(self.data)
+
+    def is_dir(self) -> bool:
+        return False
+
+    def __str__(self) -> str:
+        return self.name
+
+
 class Video(ABC):
     """One clip, open for reading; made by `open_video`."""
 
-    def __init__(self, path: Path, policy: DecodePolicy, info: VideoInfo | None = None):
+    def __init__(self, path: Path | ClipBytes, policy: DecodePolicy, info: VideoInfo | None = None):
         self.path, self.policy = path, policy
         self._info = info
 

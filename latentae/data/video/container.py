@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from latentae.data.decode import composite
-from latentae.data.video.base import ASSUMED_FPS, BadVideo, Video, VideoInfo
+from latentae.data.video.base import ASSUMED_FPS, BadVideo, ClipBytes, Video, VideoInfo
 from latentae.data.video.structure import check_structure, is_iso, is_matroska
 from latentae.errors import MissingExtra
 
@@ -140,7 +140,8 @@ class ContainerVideo(Video):
         self._reformatter = VideoReformatter()  # one for all frames: it keeps the tables of the conversion
         options = {"protocol_whitelist": "file", "format_whitelist": DEMUXERS}
         try:
-            with av.open(os.path.abspath(self.path), options=options) as container:  # noqa: PTH100
+            file = self.path.open() if isinstance(self.path, ClipBytes) else os.path.abspath(self.path)  # noqa: PTH100
+            with av.open(file, options=options) as container:
                 if not container.streams.video:
                     kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
                     raise BadVideo("no-video-stream", f"it holds {kinds} and no video.")

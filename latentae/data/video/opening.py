@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from latentae.data.decode import DEFAULT_POLICY, DecodePolicy
-from latentae.data.video.base import BadVideo, Video, VideoInfo
+from latentae.data.video.base import BadVideo, ClipBytes, Video, VideoInfo
 from latentae.data.video.container import ContainerVideo
 from latentae.data.video.stills import AnimatedImage, FrameArray, FrameFolder, animated_format
 
@@ -15,9 +15,9 @@ NUMPY = b"\x93NUMPY"
 
 
 def open_video(
-    path: str | os.PathLike[str], policy: DecodePolicy = DEFAULT_POLICY, info: VideoInfo | None = None
+    path: str | os.PathLike[str] | ClipBytes, policy: DecodePolicy = DEFAULT_POLICY, info: VideoInfo | None = None
 ) -> Video:
-    """The clip in a file or a folder of frames.
+    """The clip in a file, in memory, or in a folder of frames.
 
     Args:
         policy: the largest frame, and what shows through transparency.
@@ -26,8 +26,9 @@ def open_video(
     Raises:
         BadVideo: ``unreadable``. What else is wrong with a clip comes out when its `Video.info` or frames are read.
     """
-    path = Path(path)
-    if path.is_dir():
+    if not isinstance(path, ClipBytes):
+        path = Path(path)
+    if isinstance(path, Path) and path.is_dir():
         return FrameFolder(path, policy, info)
     try:
         animation = animated_format(path)

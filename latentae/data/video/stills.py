@@ -13,7 +13,7 @@ from PIL import Image
 
 from latentae.data.decode import FORMATS, BadImage, composite, decode_image, probe_size
 from latentae.data.sources.base import IMAGE_EXTENSIONS, is_hidden
-from latentae.data.video.base import ASSUMED_FPS, BadVideo, Video, VideoInfo
+from latentae.data.video.base import ASSUMED_FPS, BadVideo, ClipBytes, Video, VideoInfo
 from latentae.data.video.structure import check_structure
 
 NO_DURATION = 100  # ms that a frame without a duration is shown for, as browsers do
@@ -61,7 +61,7 @@ class AnimatedImage(Video):
             raise BadVideo("damaged", f"the {name} file cannot be decoded ({error}).") from error
 
 
-def animated_format(path: Path) -> str | None:
+def animated_format(path: Path | ClipBytes) -> str | None:
     """GIF, WEBP or PNG where the file is one of these, animated or not, by its first bytes."""
     with path.open("rb") as file:
         head = file.read(32)
@@ -84,11 +84,14 @@ class FrameArray(Video):
 
     def _array(self) -> np.ndarray:
         try:
-            array = np.load(self.path, mmap_mode="r", allow_pickle=False)
+            if isinstance(self.path, ClipBytes):
+                array = np.load(self.path.open(), allow_pickle=False)
+            else:
+                array = np.load(self.path, mmap_mode="r", allow_pickle=False)
         except OSError as error:
             raise BadVideo("unreadable", f"the file cannot be read ({error.strerror or error}).") from error
         except (ValueError, EOFError, OverflowError, SyntaxError) as error:
-            cut = "mmap length" in str(error) or "EOF" in str(error)
+            cut = any(said in str(error) for said in ("mmap length", "EOF", "cannot reshape"))
             raise BadVideo("truncated" if cut else "damaged", f"the array cannot be read ({error}).") from error
         if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3 or 0 in array.shape:
             raise BadVideo(
@@ -119,7 +122,7 @@ class FrameFolder(Video):
             yield self._explained(files[number], lambda data: decode_image(data, self.policy))
 
     def _files(self) -> list[Path]:
-        return sorted(frame_files(self.path), key=lambda file: natural(file.name))
+        return sorted(frame_files(Path(str(self.path))), key=lambda file: natural(file.name))
 
     def _explained(self, file: Path, decode: Any) -> Any:
         try:

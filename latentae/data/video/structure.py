@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import BinaryIO
 
-from latentae.data.video.base import BadVideo
+from latentae.data.video.base import BadVideo, ClipBytes
 
 BOXES = {b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot"}  # that mp4 and mov files begin with
 EBML, SEGMENT, CLUSTER = 0x1A45DFA3, 0x18538067, 0x1F43B675
@@ -18,7 +18,7 @@ IN_SEGMENT = {CLUSTER, 0x114D9B74, 0x1549A966, 0x1654AE6B, 0x1C53BB6B, 0x1941A46
 IN_CLUSTER = {0xE7, 0x5854, 0xA7, 0xAB, 0xA3, 0xA0, 0xAF, 0xEC, 0xBF}
 
 
-def check_structure(path: Path) -> None:
+def check_structure(path: Path | ClipBytes) -> None:
     """Refuse an empty file, one whose parts reach beyond its end, and Matroska and AVI files torn in the middle.
 
     Raises:

@@ -76,7 +76,9 @@ class Framing:
         if not self.sizes:
             return height + -height % self.multiple, width + -width % self.multiple
         for size in reversed(self.sizes):
-            shape = nearest_bucket(height, width, buckets(size, self.multiple)) if self.crop == "buckets" else (size,) * 2
+            shape = (size, size)
+            if self.crop == "buckets":
+                shape = nearest_bucket(height, width, buckets(size, self.multiple))
             if size == self.sizes[0] or (shape[0] <= height and shape[1] <= width):
                 break
         return shape
@@ -126,7 +128,7 @@ def nearest_bucket(height: int, width: int, shapes: Sequence[tuple[int, int]]) -
 
 
 def cover_crop(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize by Pillow's bicubic filter, which averages when it reduces, until the shape is covered, and cut the centre.
+    """Resize by Pillow's bicubic filter, which averages when it reduces, to cover the shape, and cut the centre.
 
     For a square that is what torchvision's ``Resize`` and ``CenterCrop`` do to a Pillow image.
 
@@ -143,7 +145,7 @@ def cover_crop(image: np.ndarray, height: int, width: int) -> np.ndarray:
         down, right = round((high - height) / 2), round((wide - width) / 2)
         resized = picture.resize((wide, high), Image.Resampling.BICUBIC)
         return np.asarray(resized.crop((right, down, right + width, down + height)))
-    top, left, part_height, part_width = _covered(*image.shape[:2], height, width)
+    top, left, part_height, part_width = _covered(image.shape[0], image.shape[1], height, width)
     box = (left, top, left + part_width, top + part_height)
     return np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC, box=box))
 

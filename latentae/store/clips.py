@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,10 +11,9 @@ from torch import Tensor
 from latentae.codec import LatentCodec
 from latentae.data.decode import BadImage
 from latentae.data.sources import Item
-from latentae.data.transforms import adm_center_crop, to_tensor
 from latentae.data.video import VIDEO_FORMATS, FrameChoice, Video, check_memory, frame_rate, write_video
-from latentae.errors import RequestError, ResumableError
-from latentae.nn.pixels import pad_frames, pad_to_multiple, to_uint8
+from latentae.errors import RequestError
+from latentae.nn.pixels import pad_frames, to_uint8
 from latentae.store.images import FileWriter
 from latentae.store.plan import UNKNOWN_CLIP_SHAPE
 from latentae.store.shard import Sample
@@ -40,66 +38,41 @@ def chosen_frames(
 
 @dataclass(frozen=True)
 class ClipLoader(Loader):
-    """Reads a clip and prepares its pixels: the chosen frames, each cropped or padded as an image is, and the last one
-    repeated until the model takes so many; ``padded_frames`` is the codec's."""
+    """Reads a clip and prepares its pixels: the chosen frames, each framed as an image is, and the last one repeated
+    until the model takes so many; ``padded_frames`` is the codec's."""
 
-    source: Any  # a ClipSource
     padded_frames: Callable[[int], int]
     choice: FrameChoice
 
     @property
     def fixed_shape(self) -> tuple[int, ...] | None:
-        if self.size is None or self.choice.frames is None:
+        if self.framing.fixed_shape is None or self.choice.frames is None:
             return None
-        return self._padded(self.choice.frames, self.size, self.size)
+        return self.padded_frames(self.choice.frames), *self.framing.fixed_shape
 
     def shape(self, item: Item) -> tuple[int, ...]:
         """Frames, height and width when prepared, without decoding all; (0, 0, 0) if that cannot be found out."""
         try:
-            info = self.source.open(item, self.policy).info
+            info = self.reader.open(item, self.policy).info
             frames = len(self.choice.numbers(info))
         except BadImage:
             return UNKNOWN_CLIP_SHAPE
-        height, width = (info.height, info.width) if self.size is None else (self.size, self.size)
-        return self._padded(frames, height, width)
+        return self.padded_frames(frames), *self.framing.shape(info.height, info.width)
 
-    def load(self, item: Item) -> Sample:
-        sample = Sample(item, bytes=item.size)
-        try:
-            sample.sha256 = self.source.sha256(item)
-            self._load(sample, self.source.open(item, self.policy))
-        except BadImage as error:
-            sample.fail(error.reason, error.explanation)
-        except MemoryError as error:
-            raise ResumableError(f"Out of memory while decoding {item.uri}: run the same command with more.") from error
-        except OSError as error:
-            raise ResumableError(
-                f"{item.uri} cannot be read ({error.strerror or error}): run the same command when its storage is back."
-            ) from error
-        return sample
-
-    def _load(self, sample: Sample, video: Video) -> None:
+    def _load(self, sample: Sample) -> None:
+        sample.sha256 = self.reader.sha256(sample.item)
+        video: Video = self.reader.open(sample.item, self.policy)
         height, width = video.info.height, video.info.width
         sample.height, sample.width = height, width
         numbers = self.choice.numbers(video.info)
         sample.frames, sample.fps = len(numbers), float(self.choice.rate(video.info))
-        if self.size is None:
-            sample.crop = (0, 0, height, width)
-        else:
-            side = min(height, width)
-            sample.crop = ((height - side) // 2, (width - side) // 2, side, side)
-        check_memory(len(numbers), *(self.size or height, self.size or width))
-        frames = [self._prepared(frame) for frame in video.frames(numbers)]
+        shape = self.framing.shape(height, width)
+        check_memory(len(numbers), *shape)
+        frames = []
+        for frame in video.frames(numbers):
+            pixels, sample.crop = self.framing.apply(frame, shape)
+            frames.append(pixels)
         sample.pixels = pad_frames(torch.stack(frames, dim=1), self.padded_frames(len(frames)))  # (3, T, H, W)
-
-    def _prepared(self, frame: np.ndarray) -> Tensor:
-        """One frame as uint8 (3, H, W)."""
-        if self.size is not None:
-            return to_tensor(adm_center_crop(frame, self.size))
-        return pad_to_multiple(to_tensor(frame).float(), self.multiple).to(torch.uint8)
-
-    def _padded(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
-        return self.padded_frames(frames), height + -height % self.multiple, width + -width % self.multiple
 
 
 class ClipWriter(FileWriter):

@@ -10,6 +10,7 @@ from torch import nn
 
 from latentae.codec import LatentCodec
 from latentae.data.decode import DecodePolicy
+from latentae.data.framing import Framing
 from latentae.data.video import FrameChoice
 from latentae.errors import RequestError
 from latentae.files import read_json, sha256_json
@@ -18,7 +19,6 @@ from latentae.store.plan import Plan
 from latentae.version import __version__
 
 SCHEMA = 1
-NATIVE = "native"
 KINDS = ("mode", "moments", "sample")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -45,15 +45,14 @@ def open_codec(
 
 @dataclass(frozen=True)
 class Options:
-    """What a store is asked to hold; see `latentae.encode_dataset`. ``size`` is None for images of their own sizes, and
-    ``clips`` are the frames that are taken of each clip, None for a store of images."""
+    """What the latents of a store are made of; see `latentae.encode_dataset`. ``clips`` are the frames that are taken
+    of each clip, None for a store of images."""
 
-    size: int | None
-    kind: str
-    dtype: str
-    seed: int
-    shard_size: int
-    limit: int | None
+    framing: Framing
+    kind: str = "mode"
+    dtype: str = "float32"
+    seed: int = 0
+    flip: bool = False
     clips: FrameChoice | None = None
 
     def __post_init__(self) -> None:
@@ -61,7 +60,11 @@ class Options:
             raise RequestError(f"kind={self.kind!r}; expected one of {', '.join(KINDS)}.")
         if self.dtype not in DTYPES:
             raise RequestError(f"dtype={self.dtype!r}; expected one of {', '.join(DTYPES)}.")
-        check_counts(size=self.size, shard_size=self.shard_size, limit=self.limit)
+
+    @property
+    def tensor(self) -> str:
+        """What the stored tensor is called."""
+        return "moments" if self.kind == "moments" else "latents"
 
 
 def check_counts(**counts: int | None) -> None:
@@ -72,7 +75,14 @@ def check_counts(**counts: int | None) -> None:
 
 
 def describe_store(
-    codec: LatentCodec, name: str | None, plan: Plan, options: Options, policy: DecodePolicy
+    codec: LatentCodec,
+    name: str | None,
+    plan: Plan,
+    options: Options,
+    policy: DecodePolicy,
+    *,
+    shard_size: int,
+    limit: int | None,
 ) -> dict[str, Any]:
     """The content of ``store.json``. The model's normalisation is recorded for readers: stored latents are raw."""
     return {
@@ -88,8 +98,8 @@ def describe_store(
             "autocast": None if codec.autocast is None else _dtype_name(codec.autocast),
         },
         "preprocess": {
-            "size": options.size or NATIVE,
-            "crop": "adm centre crop" if options.size else "none, padded to a multiple of the ratio",
+            **options.framing.describe(),
+            "flip": options.flip,
             "decode": policy.describe(),
             **(options.clips.describe() if options.clips else {}),
         },
@@ -99,11 +109,11 @@ def describe_store(
         "seed": options.seed if options.kind == "sample" else None,
         "normalisation": codec.normalisation,
         "plan": {
-            "shard_size": options.shard_size,
-            "limit": options.limit,
-            "inputs": plan.inputs,
-            "shards": len(plan.shards),
-            "fingerprint": plan.fingerprint,
+            "shard_size": shard_size,
+            "limit": limit,
+            "inputs": plan.parts[0].inputs,
+            "shards": len(plan.parts[0].shards),
+            "fingerprint": plan.parts[0].fingerprint,
         },
     }
 
@@ -146,10 +156,12 @@ def store_fingerprint(configuration: dict[str, Any]) -> str:
     return sha256_json(identity(configuration))
 
 
-def configuration_difference(stored: dict[str, Any], asked: dict[str, Any]) -> list[str]:
-    """One line for each value in which a request differs from an existing store, the plan's own hash left out."""
+def configuration_difference(stored: dict[str, Any], asked: dict[str, Any], *, extend: bool = False) -> list[str]:
+    """One line for each value in which a request differs from an existing store, the plan's own hash left out, and for
+    an extension also the limit."""
     before, now = identity(stored), identity(asked)
-    keys = [key for key in {**before, **now} if key != "plan.fingerprint"]
+    left_out = {"plan.fingerprint", "plan.limit"} if extend else {"plan.fingerprint"}
+    keys = [key for key in {**before, **now} if key not in left_out]
     return [
         f"{key}: {json.dumps(before.get(key))} in the store, {json.dumps(now.get(key))} now"
         for key in keys

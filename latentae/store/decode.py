@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from latentae.codec import LatentCodec, Latents
 from latentae.console import Progress
+from latentae.data.framing import NATIVE
 from latentae.errors import DataError, RequestError
 from latentae.loading import weights_hash
 from latentae.store.clips import ClipWriter, check_frames
-from latentae.store.configuration import NATIVE, check_counts, open_codec
+from latentae.store.configuration import check_counts, open_codec
 from latentae.store.images import ImageWriter
 from latentae.store.memory import BatchRunner, batch_for
 from latentae.store.reader import LatentStore
@@ -79,7 +80,7 @@ def decode_store(
         raise RequestError(f"{store.path} has no encoded inputs yet: nothing to decode.")
     if problems := store.verify():
         raise DataError(f"{len(problems)} files of the store are damaged; the first: {problems[0]}")
-    inputs = (item.uri for item in store.plan.items())
+    inputs = store.plan.read("uri").column(0).to_pylist()
     clips = store.holds_clips
     kind = ClipWriter if clips else ImageWriter
     format = format or ("mp4" if clips else "png")

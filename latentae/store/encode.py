@@ -1,6 +1,7 @@
 """Encode a data set into a store of latents, or go on with one: the driver.
 
-    inputs -> plan -> store.json -> for each shard that has no marker: load, encode, publish -> quarantine.parquet
+    request -> plan.parquet, store.json -> engine: for each shard that has no marker, load, encode, publish
+            -> quarantine.parquet
 
 The files are the truth. A run that was killed, or that found the disk full, is continued by running it again: shards
 with a marker are left alone. A store is only ever continued with the plan and the configuration that it began with.
@@ -8,16 +9,13 @@ with a marker are left alone. A store is only ever continued with the plan and t
 
 import contextlib
 import json
-import math
 import os
 import platform
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from fractions import Fraction
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,34 +24,19 @@ from torch import nn
 
 from latentae.codec import LatentCodec
 from latentae.console import Progress
-from latentae.data.clips import ClipSource, open_inputs
+from latentae.data.clips import ClipSource
 from latentae.data.decode import DecodePolicy
-from latentae.data.sources import Item, Source, refuse_output_in_input
-from latentae.data.video import FrameChoice
+from latentae.data.sources import Source
 from latentae.errors import RequestError, ResumableError
-from latentae.files import remove_stale_temporaries
-from latentae.store.clips import ClipLoader, chosen_frames
-from latentae.store.configuration import (
-    NATIVE,
-    Options,
-    check_counts,
-    describe_store,
-    open_codec,
-    store_fingerprint,
-)
-from latentae.store.plan import Plan, Shard, make_plan
-from latentae.store.resume import begin_store, check_folder, continue_store, refuse_changed_inputs
-from latentae.store.shard import committed_marker, publish, read_rows, read_samples, row_columns
+from latentae.store.batch_size import last_batch_size
+from latentae.store.configuration import check_counts
+from latentae.store.job import Report
+from latentae.store.plan import Shard
+from latentae.store.planning import Planned, Request, job_of, open_request, plan_store
+from latentae.store.running import choose_engine
+from latentae.store.shard import committed_marker, read_rows, row_columns
 from latentae.store.tables import write_table
-from latentae.store.worker import (
-    PREFETCH_BYTES,
-    BatchEncoder,
-    Loader,
-    check_max_bad,
-    prefetch,
-    raw_posterior,
-    refuse_too_many_bad,
-)
+from latentae.store.worker import check_max_bad, refuse_too_many_bad
 
 
 @dataclass(frozen=True)
@@ -61,7 +44,8 @@ class EncodeSummary:
     """What a run of `encode_dataset` leaves behind.
 
     ``encoded``, ``bad`` and ``reasons`` (how many inputs are bad for which reason) are of the whole store;
-    ``encoded_now`` inputs were encoded by this run, in ``seconds``; ``unit`` says whether they are images or clips.
+    ``encoded_now`` inputs were encoded by this run, in ``seconds``; ``shards_left`` are still to be done, by other
+    processes; ``unit`` says whether they are images or clips.
     """
 
     store: str
@@ -72,6 +56,7 @@ class EncodeSummary:
     reasons: dict[str, int]
     encoded_now: int
     seconds: float
+    shards_left: int = 0
     unit: str = "images"
 
     @property
@@ -87,16 +72,26 @@ def encode_dataset(
     dst: str | Path,
     model: LatentCodec | nn.Module | str | Path,
     *,
-    size: int | str = 256,
+    size: int | str | Sequence[int] = 256,
+    crop: str = "adm",
+    flip: bool = False,
     shard_size: int = 1000,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     kind: str = "mode",
     dtype: str = "float32",
     seed: int = 0,
     max_bad: float = 0.01,
     limit: int | None = None,
+    columns: Sequence[str] | None = None,
     workers: int = 2,
-    device: str | torch.device | None = None,
+    processes: int | None = None,
+    device: str | torch.device | Sequence[str] | None = None,
+    engine: str = "local",
+    ray_address: str | None = None,
+    shard_index: int = 0,
+    shard_count: int = 1,
+    extend: bool = False,
+    as_planned: bool = False,
     autocast: torch.dtype | None = None,
     random_weights: bool = False,
     retry_failed: bool = False,
@@ -111,17 +106,31 @@ def encode_dataset(
     raw, as the encoder gives them. Two runs of one command on one machine give the same bytes.
 
     Args:
-        src: a folder, an image file, or a source.
+        src: what `latentae.data.sources.open_source` opens, or a source.
         model: a codec, an autoencoder, or what `latentae.load` opens.
-        size: side of the ADM centre crop, a multiple of the model's ratio; ``"native"`` keeps whole images at their own
-            sizes, padded to a multiple of the ratio, and gives a shard for each padded shape.
+        size: side of the crop, a multiple of the model's ratio; several, of which each image gets the largest that it
+            fills; ``"native"`` keeps whole images at their own sizes, padded to a multiple of the ratio. Where shapes
+            differ, a shard holds one of them.
+        crop: ``adm``, ``center``, ``squash`` or ``buckets``; see `latentae.data.framing.Framing`.
+        flip: store the latents of the mirrored image beside those of the image.
+        batch_size: None to find it by trying on a GPU, and 16 on a CPU.
         kind: ``mode``; ``moments`` (mean and log-variance, twice the channels); or ``sample``, drawn once for each
             input by a hash of ``seed`` and its key.
         dtype: of the stored latents, ``float32``, ``float16`` or ``bfloat16``.
         max_bad: how many inputs may be bad, as a share of all (float) or as a number (int).
         limit: plan only the first ``limit`` inputs, in the order of their keys.
-        workers: threads that read and decode.
-        device, autocast, random_weights: how a model that is not yet a codec is opened.
+        columns: of a manifest or table, and captions of tars, that go into the rows; None for all.
+        workers: threads of each process that read and decode.
+        processes: that encode; by default one for each device. With ``engine="ray"`` as many actors.
+        device: or several; by default all GPUs, or the CPU.
+        engine: ``local``, or ``ray`` for a cluster whose nodes share the folder of the store (``ray_address``, by
+            default a cluster of this machine).
+        shard_index, shard_count: do only every ``shard_count``-th shard, from ``shard_index`` on: one of so many jobs
+            of a scheduler, which may start all at once.
+        extend: plan inputs that are not in the plan as new shards.
+        as_planned: take the inputs of a store that is planned from its plan, and do not list ``src`` again. So do jobs
+            of several.
+        autocast, random_weights: how a model that is not yet a codec is opened.
         retry_failed: try again the inputs that were bad in earlier runs; what is encoded stays as it is.
         frames: of each clip, from its first on: a number, which shorter clips do not have (they are bad inputs), or
             ``"all"``, which gives a shard for each padded shape as ``"native"`` does. Where it is given, also images in
@@ -131,207 +140,107 @@ def encode_dataset(
     Raises:
         RequestError: an argument cannot be met, or the store was begun with another plan or configuration.
         DataError: more inputs than ``max_bad`` are bad. All others are encoded by then.
-        ResumableError: out of memory. (A full disk raises OSError; in both cases the next run goes on.)
+        ResumableError: out of memory, or lost workers. (A full disk raises OSError; the next run goes on in each case.)
     """
-    if size != NATIVE and not isinstance(size, int):
-        raise RequestError(f"size={size!r}; expected a number of pixels or 'native'.")
-    choice = chosen_frames(frames, fps, stride)
-    check_counts(batch_size=batch_size, workers=workers)
+    check_counts(batch_size=batch_size, processes=processes, shard_count=shard_count)
     check_max_bad(max_bad)
-    source = open_inputs(src, clips=choice is not None) if isinstance(src, (str, Path)) else src
-    clips = choice or FrameChoice() if isinstance(source, ClipSource) else None
-    options = Options(None if size == NATIVE else int(size), kind, dtype, seed, shard_size, limit, clips)
-    store = Path(dst)
-    check_folder(store)
-    refuse_output_in_input(src, store)
-    items = list(islice(source.items(), limit))
-    if not items:
-        raise RequestError(f"{src} has no inputs to encode.")
-
-    codec, name = open_codec(model, device=device, autocast=autocast, random_weights=random_weights)
-    _check_model(codec, options)
-    policy = policy or DecodePolicy()
-    if clips is None:
-        loader = Loader(source, options.size, codec.spatial_ratio, policy)
-    else:
-        loader = ClipLoader(source, options.size, codec.spatial_ratio, policy, codec.padded_frames, clips)
-
-    begun = (store / "store.json").exists()
-    planned = Plan.load(store / "plan.parquet") if begun else _plan(items, loader, shard_size, workers)
-    configuration = describe_store(codec, name, planned, options, policy)
-    if begun:
-        configuration = continue_store(store, planned, items, configuration)
-    else:
-        begin_store(store, planned, configuration)
-    plan = planned.with_items(items)
-    fingerprint = store_fingerprint(configuration)
-    (store / "shards").mkdir(exist_ok=True)
-    for folder in (store, store / "shards"):
-        remove_stale_temporaries(folder)
-
-    committed = {shard.index for shard in plan.shards if committed_marker(store, shard, fingerprint)}
-    if begun:
-        refuse_changed_inputs(store, planned, plan, committed)
-    encoder = BatchEncoder(codec, options, batch_size)
-    work = list(_find_work(store, plan, committed, fingerprint, retry_failed))
+    if not 0 <= shard_index < shard_count:
+        raise RequestError(f"shard_index={shard_index}; expected 0 to {shard_count - 1}, of shard_count={shard_count}.")
+    chosen = choose_engine(engine, processes, device, ray_address, model)
+    request = Request(
+        src, dst, model, size=size, crop=crop, flip=flip, shard_size=shard_size, kind=kind, dtype=dtype, seed=seed,
+        limit=limit, columns=columns, frames=frames, fps=fps, stride=stride, policy=policy or DecodePolicy(),
+        extend=extend, as_planned=as_planned or shard_count > 1, workers=workers,
+        device=chosen.devices[0] if chosen.in_process else "cpu", autocast=autocast, random_weights=random_weights,
+    )  # fmt: skip
+    planned = plan_store(open_request(request))
+    own = [shard for shard in planned.plan.shards if shard.index % shard_count == shard_index]
+    work = [
+        shard.index
+        for shard in own
+        if shard.index not in planned.committed or (retry_failed and planned.committed[shard.index]["bad"])
+    ]
+    job = job_of(
+        planned.opened, planned.plan, planned.fingerprint, retry_failed=retry_failed, by_name=not chosen.in_process,
+        batch_size=batch_size or last_batch_size(list(planned.committed.values())),
+    )  # fmt: skip
     started = time.monotonic()
-    encoded_now = _encode(store, work, loader, encoder, fingerprint, workers, plan.inputs)
-    return _finish(store, plan, fingerprint, max_bad, encoded_now, time.monotonic() - started)
+    encoded_now = 0
+    if work:
+        with _Progress(planned, own, work) as progress:
+            for report in chosen.run(job, work, progress.advance):
+                encoded_now += report.inputs
+                _log_timing(planned.opened.store, report)
+    return _finish(planned, own, max_bad, encoded_now, time.monotonic() - started)
 
 
-def _check_model(codec: LatentCodec, options: Options) -> None:
-    """Make sure that the model takes the size and gives the kind of latents that are asked for.
+class _Progress(contextlib.AbstractContextManager):
+    """A bar of all inputs of the shards that are this run's, with how many of them are bad."""
 
-    Raises:
-        RequestError: it does not.
-    """
-    size, ratio = options.size, codec.spatial_ratio
-    if options.clips and not codec.is_video:
-        raise RequestError(
-            f"{type(codec.autoencoder).__name__} is an autoencoder of images, and the inputs are clips: give a model "
-            "of videos (its latents would be those of single frames)."
-        )
-    if size and size % ratio:
-        nearest = [multiple for multiple in (size - size % ratio, size + -size % ratio) if multiple]
-        raise RequestError(
-            f"size={size} is not a multiple of {ratio}, the model's ratio: use {' or '.join(map(str, nearest))}."
-        )
-    if options.kind != "mode":
-        side = size or 8 * ratio
-        with torch.no_grad():
-            posterior = raw_posterior(codec, torch.zeros(1, 3, side, side, device=codec.device))
-        if not hasattr(posterior, "logvar"):
-            raise RequestError(
-                f"kind={options.kind!r} needs an encoder with a distribution, and {type(codec.autoencoder).__name__} "
-                "is deterministic: use kind='mode'."
-            )
+    def __init__(self, planned: Planned, own: Sequence[Shard], work: Sequence[int]):
+        done = sum(planned.committed[shard.index]["encoded"] for shard in own if shard.index in planned.committed)
+        self.bad = sum(m["bad"] for index, m in planned.committed.items() if index not in set(work))
+        unit = "clips" if planned.opened.clips else "images"
+        self.bar = Progress("encode", sum(shard.inputs for shard in own), unit, done + self.bad)
+
+    def __enter__(self) -> "_Progress":
+        self.bar.__enter__()
+        return self
+
+    def advance(self, inputs: int, bad: int) -> None:
+        self.bad += bad
+        self.bar.advance(inputs, bad=self.bad)
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.__exit__(*exception)
 
 
-def _plan(items: Sequence[Item], loader: Loader, shard_size: int, workers: int) -> Plan:
-    if loader.fixed_shape is not None:
-        return make_plan(items, [loader.fixed_shape] * len(items), shard_size)
-    shapes = []
-    with ThreadPoolExecutor(workers) as pool, Progress("read sizes", len(items)) as progress:
-        for shape in pool.map(loader.shape, items):
-            shapes.append(shape)
-            progress.advance()
-    return make_plan(items, shapes, shard_size)
-
-
-@dataclass(frozen=True)
-class _Work:
-    """A shard to be published, and those of its inputs that are not encoded yet."""
-
-    shard: Shard
-    items: tuple[Item, ...]
-
-
-def _find_work(store: Path, plan: Plan, committed: set[int], fingerprint: str, retry_failed: bool) -> Iterator[_Work]:
-    for shard in plan.shards:
-        if shard.index not in committed:
-            yield _Work(shard, shard.items)
-        elif retry_failed and _marker(store, shard, fingerprint)["bad"]:
-            statuses = read_rows(store, shard, ["status"])["status"]
-            yield _Work(shard, tuple(i for i, status in zip(shard.items, statuses) if status == "bad"))
-
-
-def _encode(
-    store: Path,
-    work: Sequence[_Work],
-    loader: Loader,
-    encoder: BatchEncoder,
-    fingerprint: str,
-    workers: int,
-    inputs: int,
-) -> int:
-    """Encode and publish all ``work``; a thread publishes one shard while the next is being encoded."""
-    to_do = sum(len(part.items) for part in work)
-    loaded = prefetch(
-        lambda task: loader.load_for(*task),
-        ((part.shard, item) for part in work for item in part.items),
-        workers=workers,
-        cost=lambda task: 3 * math.prod(task[0].shape),
-        budget=PREFETCH_BYTES,
-    )
-    with (
-        contextlib.closing(loaded),
-        ThreadPoolExecutor(1, thread_name_prefix="latentae-publish") as publisher,
-        Progress("encode", inputs, "clips" if encoder.options.clips else "images", inputs - to_do) as progress,
-    ):
-        publishing: Future[None] | None = None
-        for part in work:
-            started = time.monotonic()
-            inputs_of_shard = islice(loaded, len(part.items))
-            samples, batch_size = encoder.encode_shard(
-                part.shard, inputs_of_shard, lambda count: progress.advance(count, bad=encoder.bad)
-            )
-            if len(samples) < len(part.shard.items):  # a retry: the others come from the shard as it is
-                new = {sample.item.key: sample for sample in samples}
-                samples = [new.get(s.item.key, s) for s in read_samples(store, part.shard, encoder.options.kind)]
-            if publishing is not None:
-                publishing.result()
-            publishing = publisher.submit(
-                publish,
-                store,
-                part.shard,
-                samples,
-                kind=encoder.options.kind,
-                fingerprint=fingerprint,
-                batch_size=batch_size,
-            )
-            _log_timing(store, part, time.monotonic() - started)
-        if publishing is not None:
-            publishing.result()
-    return to_do
-
-
-def _log_timing(store: Path, part: _Work, seconds: float) -> None:
+def _log_timing(store: Path, report: Report) -> None:
     """Append to ``STORE.log``, beside the store, because its own files hold nothing that differs from run to run."""
     entry = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "host": platform.node(),
         "process": os.getpid(),
-        "shard": part.shard.index,
-        "inputs": len(part.items),
-        "seconds": round(seconds, 3),
+        "shard": report.shard,
+        "inputs": report.inputs,
+        "seconds": round(report.seconds, 3),
     }
     path = store.resolve()
     with contextlib.suppress(OSError), path.with_name(f"{path.name}.log").open("a", encoding="utf-8") as stream:
         print(json.dumps(entry), file=stream)  # a log that cannot be written stops no work
 
 
-def _marker(store: Path, shard: Shard, fingerprint: str) -> dict[str, Any]:
-    marker = committed_marker(store, shard, fingerprint)
-    if marker is None:
-        raise ResumableError(f"Shard {shard.name} of {store} was changed by another process: run the command again.")
-    return marker
-
-
-def _finish(
-    store: Path, plan: Plan, fingerprint: str, max_bad: float, encoded_now: int, seconds: float
-) -> EncodeSummary:
-    """Write the quarantine, and count what is in the store against what is allowed to be missing."""
-    types = {"shard": "int32", **{name: kind for name, kind in row_columns(plan.shards[0]).items() if name != "row"}}
-    quarantine: dict[str, list[Any]] = {name: [] for name in types}
-    encoded = 0
-    for shard in plan.shards:
-        marker = _marker(store, shard, fingerprint)
-        encoded += marker["encoded"]
-        if not marker["bad"]:
-            continue
-        rows = read_rows(store, shard)
-        bad_ones = [i for i, status in enumerate(rows["status"]) if status == "bad"]
-        quarantine["shard"] += [shard.index] * len(bad_ones)
-        for name in rows.keys() & types.keys():
-            quarantine[name] += [rows[name][i] for i in bad_ones]
-    write_table(store / "quarantine.parquet", types, quarantine)
-
-    bad = len(quarantine["key"])
+def _finish(planned: Planned, own: Sequence[Shard], max_bad: float, encoded_now: int, seconds: float) -> EncodeSummary:
+    """Count what is in the store against what may be missing, and list the bad inputs where no shard is missing."""
+    store, plan = planned.opened.store, planned.plan
+    markers = {shard: committed_marker(store, shard, planned.fingerprint) for shard in plan.shards}
+    lost = [shard.name for shard in own if markers[shard] is None]
+    if lost:
+        raise ResumableError(f"Shard {lost[0]} of {store} was changed by another process: run the command again.")
+    bad_rows = list(_bad_rows(store, [shard for shard, marker in markers.items() if marker and marker["bad"]]))
+    left = sum(marker is None for marker in markers.values())
+    if not left:
+        types = {"shard": "int32", **row_columns(plan.shards[0], plan.carried)}
+        types = {name: kind for name, kind in types.items() if name != "row"}
+        write_table(store / "quarantine.parquet", types, {name: [row.get(name) for row in bad_rows] for name in types})
+    reasons = [row["reason"] for row in bad_rows]
+    done = sum(shard.inputs for shard, marker in markers.items() if marker)
+    where = f"{store / 'quarantine.parquet'} lists the bad ones" if not left else "their rows say why"
     remedy = (
-        f"All others are in the store, and {store / 'quarantine.parquet'} lists the bad ones: repair them and run "
-        "again with --retry-failed, or accept them with a larger --max-bad."
+        f"All others are in the store, and {where}: repair them and run again with --retry-failed, or accept them with "
+        "a larger --max-bad."
     )
-    refuse_too_many_bad(quarantine["reason"], plan.inputs, max_bad, remedy)
-    reasons = dict(Counter(quarantine["reason"]).most_common())
-    unit = "clips" if len(plan.shards[0].shape) == 3 else "images"
-    return EncodeSummary(str(store), plan.inputs, len(plan.shards), encoded, bad, reasons, encoded_now, seconds, unit)
+    refuse_too_many_bad(reasons, done, max_bad, remedy)
+    return EncodeSummary(
+        str(store), plan.inputs, len(plan.shards), sum(m["encoded"] for m in markers.values() if m), len(reasons),
+        dict(Counter(reasons).most_common()), encoded_now, seconds, left, "clips" if planned.opened.clips else "images",
+    )  # fmt: skip
+
+
+def _bad_rows(store: Path, shards: Sequence[Shard]) -> Iterator[dict[str, Any]]:
+    for shard in shards:
+        rows = read_rows(store, shard)
+        for values in zip(*rows.values()):
+            row = dict(zip(rows, values))
+            if row["status"] == "bad":
+                yield {"shard": shard.index, **row}

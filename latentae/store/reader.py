@@ -43,11 +43,13 @@ class Statistics:
 class _OpenShard:
     """A shard with its file mapped into memory."""
 
-    def __init__(self, store: Path, shard: Shard, tensor: str):
-        self.store, self.shard = store, shard
+    def __init__(self, store: Path, shard: Shard, tensor: str, carried: list[str]):
+        self.store, self.shard, self.carried = store, shard, carried
         path = shard_files(store, shard)[0]
         try:
-            self.latents = safetensors.safe_open(path, framework="pt").get_slice(tensor)
+            file = safetensors.safe_open(path, framework="pt")
+            self.latents = file.get_slice(tensor)
+            self.flipped = file.get_slice(f"{tensor}_flip") if f"{tensor}_flip" in file.keys() else None  # noqa: SIM118
         except (safetensors.SafetensorError, FileNotFoundError) as error:
             marker = path.with_suffix(".json")
             raise DataError(f"{path} cannot be read ({error}): delete {marker} and encode again.") from error
@@ -56,7 +58,8 @@ class _OpenShard:
     def rows(self) -> list[dict[str, Any]]:
         """What is known of each encoded input, in the order of the tensors; as slow to read as 50 of these."""
         of_clips = ["frames", "fps"] if len(self.shard.shape) == 3 else []
-        rows = read_rows(self.store, self.shard, ["key", "label", "height", "width", "row", *of_clips])
+        names = ["key", "label", "height", "width", "row", *of_clips, *self.carried]
+        rows = read_rows(self.store, self.shard, names)
         every = (dict(zip(rows, values)) for values in zip(*rows.values()))
         return [
             {**row, "label": -1 if row["label"] is None else row["label"]} for row in every if row["row"] is not None
@@ -68,9 +71,11 @@ class LatentStore:
 
     ``len(store)`` counts them and ``store[i]`` is a dictionary with ``key``, ``label`` (-1 if there is none),
     ``height`` and ``width`` of the source image, and ``latents``, (C, h, w), (C, t, h, w) from a video autoencoder;
-    from a store of moments ``latents`` are the mode, and ``moments``, (2C, h, w), are mean and log-variance. A store of
-    clips (``holds_clips``) also gives how many ``frames`` were encoded, before padding, and their ``fps``. Copies in
-    other processes share nothing but the files, so a DataLoader may have workers.
+    from a store of moments ``latents`` are the mode, and ``moments``, (2C, h, w), are mean and log-variance. Encoded
+    with ``flip``, there are also ``latents_flip``, or ``moments_flip``, of the mirrored image; columns that the source
+    carried along, captions say, are there by their names. A store of clips (``holds_clips``) also gives how many
+    ``frames`` were encoded, before padding, and their ``fps``. Copies in other processes share nothing but the files,
+    so a DataLoader may have workers.
 
     Raises:
         RequestError: ``path`` is no store.
@@ -80,17 +85,19 @@ class LatentStore:
         self.path = Path(path)
         self.config: dict[str, Any] = read_configuration(self.path)
         self._tensor = "moments" if self.config["kind"] == "moments" else "latents"
-        self.plan = Plan.load(self.path / "plan.parquet")
-        self._fingerprint = store_fingerprint(self.config)
+        self.plan = Plan.load(self.path)
+        self._carried = list(self.plan.carried)
+        self.fingerprint = store_fingerprint(self.config)
         self._committed = [
             (shard, marker)
             for shard in self.plan.shards
-            if (marker := committed_marker(self.path, shard, self._fingerprint)) is not None
+            if (marker := committed_marker(self.path, shard, self.fingerprint)) is not None
         ]
         self._filled = [(shard, marker) for shard, marker in self._committed if marker["encoded"]]
         self._ends = list(accumulate(marker["encoded"] for _, marker in self._filled))
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self.holds_clips = "frames" in self.config["preprocess"]
+        self.holds_flips = bool(self.config["preprocess"].get("flip"))
 
     @property
     def kind(self) -> str:
@@ -146,14 +153,23 @@ class LatentStore:
         row = shard.rows[place]
         stored = shard.latents[row["row"]]
         item = {name: value for name, value in row.items() if name != "row"}
+        if shard.flipped is not None:
+            item[f"{self._tensor}_flip"] = shard.flipped[row["row"]]
         if self._tensor == "moments":
             return {**item, "latents": stored.chunk(2)[0], "moments": stored}
         return {**item, "latents": stored}
 
-    def stored(self, index: int) -> Tensor:
-        """The latents of an entry, or its moments from a store of them, alone: quick in any order over many shards."""
+    def stored(self, index: int, *, flip: bool = False) -> Tensor:
+        """The latents of an entry, or its moments from a store of them, alone: quick in any order over many shards.
+
+        Args:
+            flip: those of the mirrored image, which a store has that was encoded so (`holds_flips`).
+        """
         shard, place = self._find(index)
-        return shard.latents[place]  # rows of a shard's encoded inputs are counted from 0
+        tensor = shard.flipped if flip else shard.latents
+        if tensor is None:
+            raise RequestError(f"{self.path} holds no latents of mirrored images: encode with --flip.")
+        return tensor[place]  # rows of a shard's encoded inputs are counted from 0
 
     def _find(self, index: int) -> tuple[_OpenShard, int]:
         """The shard of an entry and the entry's place in it."""
@@ -172,7 +188,8 @@ class LatentStore:
 
     def _shard(self, number: int) -> _OpenShard:
         if number not in self._open:
-            self._open[number] = _OpenShard(self.path, self._filled[number][0], self._tensor)
+            shard = self._filled[number][0]
+            self._open[number] = _OpenShard(self.path, shard, self._tensor, self._carried)
             if len(self._open) > OPEN_SHARDS:
                 self._open.popitem(last=False)
         self._open.move_to_end(number)
@@ -267,15 +284,18 @@ class LatentStore:
         Returns:
             One sentence for each file that is not what was committed, none if all are.
         """
+        return [problem for shard in self.plan.shards for problem in self.damages(shard)]
+
+    def damages(self, shard: Shard) -> list[str]:
+        """`verify` of one shard; none of one that is not there yet."""
+        marker = read_marker(self.path, shard, self.fingerprint)
+        if marker is None:
+            return []
         problems = []
-        for shard in self.plan.shards:
-            marker = read_marker(self.path, shard, self._fingerprint)
-            if marker is None:
+        data, rows, marker_path = shard_files(self.path, shard)
+        for path, committed in ((data, marker["data"]), (rows, marker["rows"])):
+            if committed is None or (path.is_file() and sha256_file(path) == committed["sha256"]):
                 continue
-            data, rows, marker_path = shard_files(self.path, shard)
-            for path, committed in ((data, marker["data"]), (rows, marker["rows"])):
-                if committed is None or (path.is_file() and sha256_file(path) == committed["sha256"]):
-                    continue
-                what = "is not what was written" if path.exists() else "is missing"
-                problems.append(f"{path} {what}: delete {marker_path} and run the same encode command again.")
+            what = "is not what was written" if path.exists() else "is missing"
+            problems.append(f"{path} {what}: delete {marker_path} and run the same encode command again.")
         return problems

@@ -15,6 +15,7 @@ from latentae.codec import LatentCodec
 from latentae.console import Progress, say
 from latentae.data.clips import ClipSource, open_inputs
 from latentae.data.decode import BadImage, DecodePolicy
+from latentae.data.framing import Framing
 from latentae.data.sources import Item, Source, refuse_output_in_input
 from latentae.data.video import FrameChoice
 from latentae.store.clips import ClipWriter, check_frames, chosen_frames, clip_windows, frames_of
@@ -127,7 +128,7 @@ def _reconstruct_images(
     seed: int,
 ) -> list[Sample]:
     """The samples of those that could not be decoded."""
-    loader = Loader(source, None, 1, DecodePolicy())
+    loader = Loader(source, Framing(()), DecodePolicy())
 
     def through(batch: list[Sample]) -> Tensor:
         pixels = torch.stack([sample.pixels for sample in batch if sample.pixels is not None])  # (B, 3, H, W)

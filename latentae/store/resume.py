@@ -1,21 +1,27 @@
 """Where a store is begun, or found and continued: a store is only ever continued as what it was begun.
 
 A changed model, option or set of inputs is refused with a list of what changed, because latents that were made in two
-ways cannot be told apart afterwards.
+ways cannot be told apart afterwards. Of several processes that begin one store, the first to write a file decides.
 """
 
-from collections.abc import Sequence
+import contextlib
+import re
 from pathlib import Path
 from typing import Any
 
-from latentae.data.sources import Item
+import pyarrow
+import pyarrow.compute as pc
+
+from latentae.data.sources.table import ItemTable
 from latentae.errors import DataError, RequestError
 from latentae.files import TEMPORARY_SUFFIX, write_json
-from latentae.store.configuration import configuration_difference, read_configuration
-from latentae.store.plan import Plan, plan_difference
-from latentae.store.shard import read_rows
+from latentae.store.configuration import configuration_difference, read_configuration, store_fingerprint
+from latentae.store.plan import Plan, PlanPart, part_path, plan_difference
+from latentae.store.shard import committed_marker, read_rows
 
-PARTS_OF_A_STORE = {"store.json", "plan.parquet", "shards", "quarantine.parquet"}
+PART_OF_A_STORE = re.compile(
+    rf"store\.json|plan(-\d+)?\.parquet|shards|quarantine\.parquet|.*{re.escape(TEMPORARY_SUFFIX)}"
+)
 
 
 def check_folder(store: Path) -> None:
@@ -23,41 +29,99 @@ def check_folder(store: Path) -> None:
     if store.exists() and not store.is_dir():
         raise RequestError(f"{store} is a file; expected a folder for the store.")
     if store.is_dir() and not (store / "store.json").exists():
-        others = [p.name for p in store.iterdir() if p.name not in PARTS_OF_A_STORE and p.suffix != TEMPORARY_SUFFIX]
+        others = [path.name for path in store.iterdir() if not PART_OF_A_STORE.fullmatch(path.name)]
         if others:
             raise RequestError(f"{store} is not a store and not empty (it has {others[0]}): choose another folder.")
 
 
-def begin_store(store: Path, plan: Plan, configuration: dict[str, Any]) -> None:
-    """Make the folder a store: ``store.json`` comes last, so where it stands there is a plan too."""
+def is_planned(store: Path) -> bool:
+    """Whether there is a plan, from which follows how a store is to be encoded."""
+    return (store / "plan.parquet").exists()
+
+
+def agree_on_plan(store: Path, part: PlanPart, number: int) -> Plan:
+    """Write a part of a plan, and return the plan that now holds: another process may have been quicker."""
     store.mkdir(parents=True, exist_ok=True)
-    plan.save(store / "plan.parquet")
-    write_json(store / "store.json", configuration)
+    with contextlib.suppress(FileExistsError):
+        part.save(part_path(store, number))
+    return Plan.load(store)
 
 
-def continue_store(store: Path, planned: Plan, items: Sequence[Item], asked: dict[str, Any]) -> dict[str, Any]:
-    """The store's own configuration, once it is sure that the request is for this very store."""
+def agree_on_store(store: Path, plan: Plan, asked: dict[str, Any], *, extend: bool = False) -> dict[str, Any]:
+    """The store's own configuration, once it is sure that the request is for this very store; it is begun with
+    ``asked`` where there is none.
+
+    Raises:
+        RequestError: it was begun with another configuration.
+        DataError: its plan is not the one that it was begun with.
+    """
+    if not (store / "store.json").exists():
+        with contextlib.suppress(FileExistsError):
+            write_json(store / "store.json", asked, replace=False)
     stored = read_configuration(store)
-    if stored["plan"]["fingerprint"] != planned.fingerprint:
+    if stored["plan"]["fingerprint"] != plan.parts[0].fingerprint:
         raise DataError(f"{store / 'plan.parquet'} is not the plan that {store / 'store.json'} was written for.")
-    if lines := configuration_difference(stored, asked):
+    if lines := configuration_difference(stored, asked, extend=extend):
         raise _refusal(f"{store} was begun with another configuration", lines, "Give the same options")
-    if lines := plan_difference(planned, items):
-        raise _refusal(f"{store} was planned for other inputs", lines, "Restore the inputs")
     return stored
 
 
-def refuse_changed_inputs(store: Path, planned: Plan, plan: Plan, committed: set[int]) -> None:
+def refuse_other_inputs(store: Path, planned: Plan, items: ItemTable) -> None:
+    """Refuse inputs that are not those that were planned.
+
+    Raises:
+        RequestError: with what came and went.
+    """
+    difference = plan_difference(planned, items)
+    if lines := difference.lines():
+        extend = ", add the new ones with --extend" if len(difference.new) and len(lines) == 1 else ""
+        raise _refusal(f"{store} was planned for other inputs", lines, f"Restore the inputs{extend}")
+
+
+def new_inputs(store: Path, planned: Plan, items: ItemTable, configuration: dict[str, Any]) -> ItemTable:
+    """The inputs by which a store is to be extended. Those that are not there any more must be encoded.
+
+    Raises:
+        RequestError: they are not, or others have another label now.
+    """
+    difference = plan_difference(planned, items)
+    lines = difference.relabelled_lines()
+    if difference.gone:
+        gone, fingerprint = pyarrow.array(difference.gone, pyarrow.large_string()), store_fingerprint(configuration)
+        for shard in planned.shards:
+            if committed_marker(store, shard, fingerprint) is None:
+                missing = planned.items(shard).keys
+                lines += [
+                    f"{key}: planned and not encoded yet" for key in missing.filter(pc.is_in(missing, gone)).to_pylist()
+                ]
+    if lines:
+        raise _refusal(
+            f"{store} cannot be extended by these inputs",
+            lines,
+            "First finish it with the inputs that it was planned for",
+        )
+    return difference.new
+
+
+def refuse_changed_inputs(store: Path, planned: Plan, items: ItemTable, committed: set[int]) -> None:
     """Refuse to go on where an input was replaced after it had been encoded: its latents would be stale."""
+    before, now = planned.read("key", "bytes"), items.table.select(["key", "bytes"])
+    if before.column("bytes").equals(now.column("bytes")) and before.column("key").equals(now.column("key")):
+        return
+    now = now.rename_columns(["key", "now"])
+    both = before.join(now, "key", join_type="inner")
+    changed = both.filter(pc.not_equal(both.column("bytes"), both.column("now")))
+    if not changed.num_rows:
+        return
+    sizes = dict(zip(changed.column("key").to_pylist(), changed.column("now").to_pylist()))
     lines = []
-    for before, now in zip(planned.shards, plan.shards):
-        changed = {i.key: i.size for b, i in zip(before.items, now.items) if b.size != i.size}
-        if not changed or now.index not in committed:
+    for shard in planned.shards:
+        if shard.index not in committed or not sizes.keys() & set(planned.items(shard).keys.to_pylist()):
             continue
-        rows = read_rows(store, now, ["key", "status", "bytes"])
+        rows = read_rows(store, shard, ["key", "status", "bytes"])
         for key, status, size in zip(rows["key"], rows["status"], rows["bytes"]):
-            if status == "ok" and size != changed.get(key, size):
-                lines.append(f"{key}: {size} bytes when it was encoded, {changed[key]} now")
+            if status == "ok" and size != sizes.get(key, size):
+                lines.append(f"{key}: {size} bytes when it was encoded, {sizes[key]} now")
     if lines:
         raise _refusal(f"{store} holds latents of inputs that have changed since", lines, "Restore the inputs")
 

@@ -1,7 +1,7 @@
 """One shard on disk: its latents, a row for every input, and last of all the marker that makes it count.
 
-    shards/00042.safetensors   latents (N, C, h, w) or moments (N, 2C, h, w), and labels (N,) where the source has any;
-                               (N, C, t, h, w) from video autoencoders
+    shards/00042.safetensors   latents (N, C, h, w) or moments (N, 2C, h, w); latents_flip or moments_flip, of the
+                               mirrored images; labels (N,) where the source has any; of videos (N, C, t, h, w)
     shards/00042.parquet       one row per input, encoded or not
     shards/00042.json          the commit marker: counts, hashes, channel sums
 
@@ -10,11 +10,13 @@ model and the batch size, so publishing a shard twice, even from two processes a
 """
 
 import hashlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -23,7 +25,7 @@ from latentae.data.sources import Item
 from latentae.errors import DataError
 from latentae.files import atomic_write, fsync_folder, read_json, write_json
 from latentae.store.plan import Shard
-from latentae.store.tables import read_table, table_bytes
+from latentae.store.tables import Types, read_table, table_bytes
 
 ROW_COLUMNS = {
     "key": "string",
@@ -54,7 +56,8 @@ class Sample:
     """One input on its way into a shard. In the end it has either ``latents`` or a ``reason`` why not.
 
     pixels: uint8 (3, H, W), or (3, T, H, W) of a clip; latents: what is stored, (C, h, w), or (2C, h, w) for moments,
-    with t before h where the autoencoder is one of videos. ``frames`` and ``fps`` are those of a clip.
+    with t before h where the autoencoder is one of videos; ``flipped`` the same of the mirrored pixels, where a store
+    holds these. ``frames`` and ``fps`` are those of a clip.
     """
 
     item: Item
@@ -67,11 +70,12 @@ class Sample:
     fps: float | None = None
     pixels: Tensor | None = None
     latents: Tensor | None = None
+    flipped: Tensor | None = None
     reason: str | None = None
     message: str | None = None
 
     def fail(self, reason: str, message: str) -> None:
-        self.reason, self.message, self.pixels, self.latents = reason, message, None, None
+        self.reason, self.message, self.pixels, self.latents, self.flipped = reason, message, None, None, None
 
 
 def shard_files(store: Path, shard: Shard) -> tuple[Path, Path, Path]:
@@ -80,13 +84,18 @@ def shard_files(store: Path, shard: Shard) -> tuple[Path, Path, Path]:
     return folder / f"{shard.name}.safetensors", folder / f"{shard.name}.parquet", folder / f"{shard.name}.json"
 
 
+def marker_fingerprint(fingerprint: str, shard: Shard) -> str:
+    """What ties a marker to the configuration of its store, and to the inputs of its shard."""
+    return hashlib.sha256(f"{fingerprint} {shard.fingerprint}".encode()).hexdigest()
+
+
 def read_marker(store: Path, shard: Shard, fingerprint: str) -> dict[str, Any] | None:
     """The commit marker of ``shard``, or None if there is none for this store."""
     try:
         marker = read_json(shard_files(store, shard)[2])
-    except (FileNotFoundError, ValueError):
+        return marker if marker["fingerprint"] == marker_fingerprint(fingerprint, shard) else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
-    return marker if marker["fingerprint"] == fingerprint else None
 
 
 def committed_marker(store: Path, shard: Shard, fingerprint: str) -> dict[str, Any] | None:
@@ -100,20 +109,34 @@ def committed_marker(store: Path, shard: Shard, fingerprint: str) -> dict[str, A
     return marker if whole else None
 
 
-def publish(store: Path, shard: Shard, samples: list[Sample], *, kind: str, fingerprint: str, batch_size: int) -> None:
-    """Write a shard whose ``samples`` stand in the order of its items.
+def publish(
+    store: Path,
+    shard: Shard,
+    samples: list[Sample],
+    *,
+    tensor: str,
+    carried: Mapping[str, pyarrow.DataType],
+    fingerprint: str,
+    batch_size: int | None,
+) -> dict[str, Any]:
+    """Write a shard whose ``samples`` stand in the order of its items, and return its marker.
 
     Whatever happens on the way, a marker only ever stands for files that are on disk.
+
+    Args:
+        tensor: what is stored, ``latents`` or ``moments``.
+        carried: names and types of the columns that the source carries along.
+        fingerprint: of the store.
     """
     data_path, rows_path, marker_path = shard_files(store, shard)
     encoded = [sample for sample in samples if sample.latents is not None]
     stored = torch.stack([sample.latents for sample in encoded if sample.latents is not None]) if encoded else None
-    data = None if stored is None else _serialise(encoded, stored, kind)
-    columns = row_columns(shard)
-    rows = table_bytes(columns, _rows(samples, columns))
+    data = None if stored is None else _serialise(encoded, stored, tensor)
+    columns = row_columns(shard, carried)
+    rows = table_bytes(columns, _rows(samples, columns, carried))
     marker = {
         "shard": shard.index,
-        "fingerprint": fingerprint,
+        "fingerprint": marker_fingerprint(fingerprint, shard),
         "inputs": len(samples),
         "encoded": len(encoded),
         "bad": len(samples) - len(encoded),
@@ -121,10 +144,10 @@ def publish(store: Path, shard: Shard, samples: list[Sample], *, kind: str, fing
         "latent_shape": None if stored is None else list(stored.shape[1:]),
         "data": None if data is None else _identity(data),
         "rows": _identity(rows),
-        **({} if stored is None else channel_sums(stored, kind)),
+        **({} if stored is None else channel_sums(stored, tensor)),
     }
     if committed_marker(store, shard, fingerprint) == marker:
-        return
+        return marker
     marker_path.unlink(missing_ok=True)  # another version of this shard stops counting before its files change
     fsync_folder(marker_path.parent)
     if data is None:
@@ -133,6 +156,7 @@ def publish(store: Path, shard: Shard, samples: list[Sample], *, kind: str, fing
         _write(data_path, data)
     _write(rows_path, rows)
     write_json(marker_path, marker)
+    return marker
 
 
 def _identity(content: bytes) -> dict[str, Any]:
@@ -144,22 +168,24 @@ def _write(path: Path, content: bytes) -> None:
         stream.write(content)
 
 
-def _serialise(encoded: list[Sample], stored: Tensor, kind: str) -> bytes:
-    tensors = {"moments" if kind == "moments" else "latents": stored}
+def _serialise(encoded: list[Sample], stored: Tensor, tensor: str) -> bytes:
+    tensors = {tensor: stored}
+    if encoded[0].flipped is not None:
+        tensors[f"{tensor}_flip"] = torch.stack([sample.flipped for sample in encoded if sample.flipped is not None])
     labels = [sample.item.label for sample in encoded]
     if any(label is not None for label in labels):
         tensors["labels"] = torch.tensor([-1 if label is None else label for label in labels])
     return safetensors.torch.save(tensors)
 
 
-def channel_sums(stored: Tensor, kind: str) -> dict[str, list[float]]:
+def channel_sums(stored: Tensor, tensor: str) -> dict[str, list[float]]:
     """Per channel, in float64, the sums of the latents and of their squares, which add up over shards.
 
     Moments count with their means, and the sum of their variances is given beside. The sums are taken image by
     image with one thread, so that they depend on nothing but the values.
     """
     images = stored.double().flatten(2).numpy()  # (N, C or 2C, positions)
-    if kind != "moments":
+    if tensor != "moments":
         return {"sum": _sum(images), "sum_of_squares": _sum(images**2)}
     mean, log_variance = np.split(images, 2, axis=1)
     return {"sum": _sum(mean), "sum_of_squares": _sum(mean**2), "sum_of_variances": _sum(np.exp(log_variance))}
@@ -169,22 +195,40 @@ def _sum(images: np.ndarray) -> list[float]:
     return images.sum(axis=2).sum(axis=0).tolist()
 
 
-def row_columns(shard: Shard) -> dict[str, str]:
+def row_columns(shard: Shard, carried: Mapping[str, pyarrow.DataType]) -> Types:
     """What is noted of each input, by name and type."""
-    return CLIP_ROW_COLUMNS if len(shard.shape) == 3 else ROW_COLUMNS
+    return {**(CLIP_ROW_COLUMNS if len(shard.shape) == 3 else ROW_COLUMNS), **carried}
 
 
-def _rows(samples: list[Sample], columns: dict[str, str]) -> dict[str, list[Any]]:
+def _rows(samples: list[Sample], columns: Types, carried: Iterable[str]) -> dict[str, list[Any]]:
     rows = []
     encoded = 0
     for sample in samples:
         item, good = sample.item, sample.latents is not None
         top, left, height, width = sample.crop or (None,) * 4
-        status = ("ok", None, None) if good else ("bad", sample.reason, sample.message)
-        source = (sample.sha256, sample.bytes, sample.height, sample.width, top, left, height, width, item.label)
-        rows.append((item.key, item.uri, *status, *source, encoded if good else None, sample.frames, sample.fps))
+        row = {
+            "key": item.key,
+            "uri": item.uri,
+            "status": "ok" if good else "bad",
+            "reason": None if good else sample.reason,
+            "message": None if good else sample.message,
+            "sha256": sample.sha256,
+            "bytes": sample.bytes,
+            "height": sample.height,
+            "width": sample.width,
+            "crop_top": top,
+            "crop_left": left,
+            "crop_height": height,
+            "crop_width": width,
+            "label": item.label,
+            "row": encoded if good else None,
+            "frames": sample.frames,
+            "fps": sample.fps,
+            **{name: item.columns.get(name) for name in carried},
+        }
+        rows.append(row)
         encoded += good
-    return dict(zip(columns, map(list, zip(*rows))))
+    return {name: [row[name] for row in rows] for name in columns}
 
 
 def read_rows(store: Path, shard: Shard, columns: list[str] | None = None) -> dict[str, list[Any]]:
@@ -192,14 +236,16 @@ def read_rows(store: Path, shard: Shard, columns: list[str] | None = None) -> di
     return read_table(shard_files(store, shard)[1], columns)
 
 
-def read_samples(store: Path, shard: Shard, kind: str) -> list[Sample]:
+def read_samples(store: Path, shard: Shard, items: Iterable[Item], tensor: str) -> list[Sample]:
     """A committed shard as `publish` got it, to be published again with some of its samples replaced."""
     rows = read_rows(store, shard)
     path = shard_files(store, shard)[0]
-    stored = load_tensors(path)["moments" if kind == "moments" else "latents"] if path.exists() else ()
+    tensors = load_tensors(path) if path.exists() else {}
+    stored, flipped = tensors.get(tensor), tensors.get(f"{tensor}_flip")
     samples = []
-    for item, row in zip(shard.items, (dict(zip(rows, values)) for values in zip(*rows.values()))):
+    for item, row in zip(items, (dict(zip(rows, values)) for values in zip(*rows.values()))):
         crop = (row["crop_top"], row["crop_left"], row["crop_height"], row["crop_width"])
+        place = row["row"]
         samples.append(
             Sample(
                 item=item,
@@ -210,7 +256,8 @@ def read_samples(store: Path, shard: Shard, kind: str) -> list[Sample]:
                 crop=None if crop[0] is None else crop,
                 frames=row.get("frames"),
                 fps=row.get("fps"),
-                latents=None if row["row"] is None else stored[row["row"]],
+                latents=None if place is None or stored is None else stored[place],
+                flipped=None if place is None or flipped is None else flipped[place],
                 reason=row["reason"],
                 message=row["message"],
             )

@@ -1,6 +1,6 @@
 """Parquet files as named columns of plain values: the plan, the rows of a shard, the quarantine."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -11,20 +11,36 @@ import pyarrow.parquet
 from latentae.errors import DataError
 from latentae.files import atomic_write
 
+Types = Mapping[str, str | pyarrow.DataType]
 
-def table_bytes(types: dict[str, str], columns: dict[str, list[Any]]) -> bytes:
-    """A parquet file of ``columns``; ``types`` gives each column's Arrow type by name, in the order of the file."""
-    schema = pyarrow.schema([(name, pyarrow.type_for_alias(kind)) for name, kind in types.items()])
+
+def table_bytes(types: Types, columns: dict[str, list[Any]]) -> bytes:
+    """A parquet file of ``columns``; ``types`` gives the Arrow type of each, or its name, in the file's order."""
+    schema = pyarrow.schema(
+        [(name, pyarrow.type_for_alias(kind) if isinstance(kind, str) else kind) for name, kind in types.items()]
+    )
     stream = BytesIO()
     pyarrow.parquet.write_table(pyarrow.table(columns, schema=schema), stream, compression="zstd")
     return stream.getvalue()
 
 
-def write_table(path: Path, types: dict[str, str], columns: dict[str, list[Any]]) -> None:
+def write_table(path: Path, types: Types, columns: dict[str, list[Any]]) -> None:
     """Write `table_bytes` atomically."""
     content = table_bytes(types, columns)
     with atomic_write(path) as stream:
         stream.write(content)
+
+
+def open_table(path: Path) -> pyarrow.parquet.ParquetFile:
+    """A parquet file to be read in parts; close it, or use it as a context manager.
+
+    Raises:
+        DataError: the file is absent or not whole.
+    """
+    try:
+        return pyarrow.parquet.ParquetFile(path)  # read_table would take 'a=b' in a path for a column
+    except (pyarrow.ArrowException, FileNotFoundError) as error:
+        raise _damaged(path, error) from error
 
 
 def read_table(path: Path, columns: Sequence[str] | None = None) -> dict[str, list[Any]]:
@@ -34,8 +50,12 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> dict[str, li
         DataError: the file is absent or not whole.
     """
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:  # read_table would take 'a=b' in a path for a column
+        with open_table(path) as file:
             return file.read(columns).to_pydict()
-    except (pyarrow.ArrowException, FileNotFoundError) as error:
-        reason = "is missing" if isinstance(error, FileNotFoundError) else f"is not a whole parquet file ({error})"
-        raise DataError(f"{path} {reason}: restore it from a copy, or encode into a new folder.") from error
+    except pyarrow.ArrowException as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> DataError:
+    reason = "is missing" if isinstance(error, FileNotFoundError) else f"is not a whole parquet file ({error})"
+    return DataError(f"{path} {reason}: restore it from a copy, or encode into a new folder.")

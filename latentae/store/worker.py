@@ -1,4 +1,4 @@
-"""From inputs to the latents of a shard: threads read, decode and crop; this thread feeds batches to the model.
+"""From inputs to latents: threads read, decode and crop ahead; one thread feeds batches to the model.
 
 What is wrong with one input is written into its sample and the work goes on. What is wrong with the machine (memory,
 disk) stops the work and loses nothing.
@@ -9,20 +9,20 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from latentae.codec import LatentCodec
 from latentae.data.decode import BadImage, DecodePolicy, decode_image, probe_size
-from latentae.data.sources import Item, Source
-from latentae.data.transforms import adm_center_crop, to_tensor
+from latentae.data.framing import Framing
+from latentae.data.sources import Item
 from latentae.errors import DataError, RequestError, ResumableError
-from latentae.nn.pixels import pad_to_multiple, to_float
+from latentae.nn.pixels import to_float
 from latentae.store.configuration import DTYPES, Options
-from latentae.store.memory import BatchRunner, batch_for
-from latentae.store.plan import UNKNOWN_SHAPE, Shard
+from latentae.store.memory import BatchRunner
+from latentae.store.plan import UNKNOWN_SHAPE
 from latentae.store.shard import Sample
 
 PREFETCH_BYTES = 256 * 2**20
@@ -31,74 +31,73 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
+class Reader(Protocol):
+    """What gives the bytes of an input: a source, or `latentae.data.sources.reading.UriReader`."""
+
+    def read(self, item: Item) -> bytes: ...
+
+
 @dataclass(frozen=True)
 class Loader:
-    """Reads an input and prepares its pixels: an ADM centre crop of ``size``, or the whole image if size is None,
-    padded to a multiple of ``multiple``."""
+    """Reads an input and prepares its pixels as ``framing`` says."""
 
-    source: Source
-    size: int | None
-    multiple: int
+    reader: Any  # a Reader; of clips what opens them
+    framing: Framing
     policy: DecodePolicy
 
     @property
     def fixed_shape(self) -> tuple[int, ...] | None:
-        """The shape of the pixels of every input, None where they have their own."""
-        return None if self.size is None else (self.size, self.size)
+        """The shape of the pixels of every input, None where they differ."""
+        return self.framing.fixed_shape
 
     def shape(self, item: Item) -> tuple[int, ...]:
-        """Height and width of a whole image when padded, from its header; (0, 0) if that cannot be read."""
+        """Height and width of an input when prepared, from its header; (0, 0) if that cannot be read."""
         try:
             height, width = probe_size(self._read(item))
         except BadImage:
             return UNKNOWN_SHAPE
         if height * width > self.policy.max_pixels:  # refused when it is decoded; its shape may not fit a table
             return UNKNOWN_SHAPE
-        return height + -height % self.multiple, width + -width % self.multiple
+        return self.framing.shape(height, width)
 
-    def load(self, item: Item) -> Sample:
-        """The sample of ``item`` with its pixels, or with the reason why there are none."""
-        sample = Sample(item)
+    def load(self, item: Item, planned: tuple[int, ...] | None = None) -> Sample:
+        """The sample of ``item`` with its pixels, or with the reason why there are none, such as a shape other than
+        the ``planned`` one."""
+        sample = Sample(item, bytes=item.size)
         try:
-            data = self._read(item)
-            sample.bytes, sample.sha256 = len(data), hashlib.sha256(data).hexdigest()
-            image = decode_image(data, self.policy)
+            self._load(sample)
         except BadImage as error:
             sample.fail(error.reason, error.explanation)
-            return sample
         except MemoryError as error:
             raise ResumableError(f"Out of memory while decoding {item.uri}: run the same command with more.") from error
-        height, width = image.shape[:2]
-        sample.height, sample.width = height, width
-        if self.size is None:
-            sample.crop = (0, 0, height, width)
-            pixels = to_tensor(image)
-            sample.pixels = pad_to_multiple(pixels.float(), self.multiple).to(torch.uint8)
-        else:
-            side = min(height, width)
-            sample.crop = ((height - side) // 2, (width - side) // 2, side, side)
-            sample.pixels = to_tensor(adm_center_crop(image, self.size))
+        except OSError as error:
+            raise _storage_error(item, error) from error
+        if planned is not None and sample.pixels is not None and tuple(sample.pixels.shape[1:]) != planned:
+            sample.fail(
+                "other-shape",
+                f"Its size of {sample.height}x{sample.width} (height x width) does not fit the "
+                f"{'x'.join(map(str, planned))} of the shard that it was planned for; encode it into a new store.",
+            )
         return sample
+
+    def _load(self, sample: Sample) -> None:
+        data = self._read(sample.item)
+        sample.bytes, sample.sha256 = len(data), hashlib.sha256(data).hexdigest()
+        image = decode_image(data, self.policy)
+        sample.height, sample.width = image.shape[:2]
+        sample.pixels, sample.crop = self.framing.apply(image, self.framing.shape(sample.height, sample.width))
 
     def _read(self, item: Item) -> bytes:
         try:
-            return self.source.read(item)
+            return self.reader.read(item)
         except OSError as error:
-            raise ResumableError(
-                f"{item.uri} cannot be read ({error.strerror or error}): run the same command when its storage is back."
-            ) from error
+            raise _storage_error(item, error) from error
 
-    def load_for(self, shard: Shard, item: Item) -> Sample:
-        """As `load`, and held to the shape that ``shard`` was planned for."""
-        sample = self.load(item)
-        if sample.pixels is not None and tuple(sample.pixels.shape[1:]) != shard.shape:
-            planned = "x".join(map(str, shard.shape))
-            sample.fail(
-                "other-shape",
-                f"Its size of {sample.height}x{sample.width} (height x width) does not fit the {planned} of the shard "
-                "that it was planned for; encode it into a new store.",
-            )
-        return sample
+
+def _storage_error(item: Item, error: OSError) -> ResumableError:
+    return ResumableError(
+        f"{item.uri} cannot be read ({error.strerror or error}): run the same command when its storage is back."
+    )
 
 
 def prefetch(
@@ -132,57 +131,110 @@ def prefetch(
         pool.shutdown(cancel_futures=True)
 
 
+class LoadedAhead:
+    """Tasks in groups, and the results of a function, which threads compute ahead: within a group and, as soon as it is
+    there, in the next one.
+
+    Args:
+        groups: drawn one ahead of the group that is being used, never more; a group that is not there yet (None) is
+            asked for again.
+        tasks: of a group.
+        cost: bytes that each result of a group holds.
+        budget: bytes that may be held by results that nobody has taken yet; one result may always be.
+    """
+
+    def __init__(
+        self,
+        draw: Callable[[], Any],
+        tasks: Callable[[Any], Iterable[Any]],
+        function: Callable[[Any, Any], Any],
+        *,
+        cost: Callable[[Any], int],
+        workers: int,
+        budget: int,
+    ):
+        self.draw, self.tasks, self.function, self.cost, self.budget = draw, tasks, function, cost, budget
+        self._groups: deque[tuple[Any, Iterator[Any], deque[Future[Any]]]] = deque()
+        self._held = 0
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="latentae-load")
+
+    def results(self, group: Any) -> Iterator[Any]:
+        """The results of a group, in the order of its tasks; groups in the order in which they were drawn."""
+        if not self._groups:
+            self._add(group)
+        assert self._groups[0][0] is group
+        futures = self._groups[0][2]
+        while True:
+            self._fill()
+            if not futures:
+                self._groups.popleft()
+                return
+            result = futures.popleft().result()
+            self._held -= self.cost(group)
+            yield result
+
+    def next_group(self) -> Any:
+        """The group that is already being loaded, or None."""
+        return self._groups[0][0] if self._groups else None
+
+    def _add(self, group: Any) -> None:
+        self._groups.append((group, iter(self.tasks(group)), deque()))
+
+    def _fill(self) -> None:
+        number = 0
+        while number < 2:
+            if number == len(self._groups):
+                group = self.draw()
+                if group is None:
+                    return
+                self._add(group)
+            group, tasks, futures = self._groups[number]
+            cost = self.cost(group)
+            while not self._held or self._held + cost <= self.budget:
+                try:
+                    task = next(tasks)
+                except StopIteration:
+                    break
+                self._held += cost
+                futures.append(self._pool.submit(self.function, group, task))
+            else:
+                return
+            number += 1
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
 class BatchEncoder:
-    """Gives samples their latents, a batch at a time; ``bad`` counts those that have none in the end."""
+    """Gives samples their latents, a batch at a time."""
 
     def __init__(self, codec: LatentCodec, options: Options, batch_size: int):
         self.codec, self.options, self.dtype = codec, options, DTYPES[options.dtype]
         self.runner = BatchRunner(batch_size)
-        self.bad = 0
 
-    def encode_shard(
-        self, shard: Shard, loaded: Iterator[Sample], advance: Callable[[int], None]
-    ) -> tuple[list[Sample], int]:
-        """The samples of ``shard``, encoded, and the size of its batches (of the smallest, where memory was short).
-
-        Calls ``advance`` with the number of samples that were done since it was called last.
-        """
-        samples: list[Sample] = []
-        batch: list[Sample] = []
-        for sample in loaded:
-            samples.append(sample)
-            if sample.pixels is None:
-                self.bad += 1
-                advance(1)
-                continue
-            batch.append(sample)
-            if len(batch) >= self._batch_size(shard):
-                self._encode(batch)
-                advance(len(batch))
-                batch = []
-        if batch:
-            self._encode(batch)
-            advance(len(batch))
-        return samples, self._batch_size(shard)
-
-    def _batch_size(self, shard: Shard) -> int:
-        size = self.runner.batch_size
-        return size if self.options.size and not self.options.clips else batch_for(size, shard.shape)
-
-    def _encode(self, samples: list[Sample]) -> None:
-        for sample, latents in zip(samples, self.runner.run(self._latents, samples)):
-            self._accept(sample, latents)
-            self.bad += sample.latents is None
+    def encode(self, samples: list[Sample]) -> None:
+        """Set the latents of samples of one shape, or say why they have none."""
+        for sample, latents in zip(samples, self.runner.run(lambda part: self._latents(part, False), samples)):
+            sample.latents = self._stored(sample, latents)
+        if self.options.flip:
+            for sample, latents in zip(samples, self.runner.run(lambda part: self._latents(part, True), samples)):
+                if sample.latents is not None:
+                    sample.flipped = self._stored(sample, latents)
+        for sample in samples:
+            sample.pixels = None
 
     @torch.no_grad()
-    def _latents(self, samples: list[Sample]) -> Tensor:
+    def _latents(self, samples: Sequence[Sample], flip: bool) -> Tensor:
         # (B, 3, H, W), or (B, 3, T, H, W) of clips
         images = torch.stack([sample.pixels for sample in samples if sample.pixels is not None])
+        if flip:
+            images = images.flip(-1)
         posterior = raw_posterior(self.codec, to_float(images.to(self.codec.device)))
         if self.options.kind == "moments":
             latents = moments_of(posterior)
         elif self.options.kind == "sample":
-            latents = posterior.sample([key_generator(self.options.seed, sample.item.key) for sample in samples])
+            purpose = "flip" if flip else ""
+            latents = posterior.sample([key_generator(self.options.seed, s.item.key, purpose) for s in samples])
         else:
             latents = posterior.mode()
         if self.options.clips and latents.shape[2] * self.codec.temporal_ratio < images.shape[2]:
@@ -193,7 +245,8 @@ class BatchEncoder:
             )
         return latents.float().cpu()
 
-    def _accept(self, sample: Sample, latents: Tensor) -> None:
+    def _stored(self, sample: Sample, latents: Tensor) -> Tensor | None:
+        """Latents as they are stored; None, and a reason, where they cannot be."""
         stored = latents.to(self.dtype, copy=True)
         if not latents.isfinite().all():
             sample.fail("not-finite", "The model gives NaN or infinite latents for it.")
@@ -201,7 +254,8 @@ class BatchEncoder:
             largest = latents.abs().max().item()
             sample.fail("overflow", f"Its largest latent, {largest:.4g}, does not fit into {self.dtype}.")
         else:
-            sample.latents, sample.pixels = stored, None
+            return stored
+        return None
 
 
 def key_generator(seed: int, key: str, purpose: str = "") -> torch.Generator:

@@ -3,7 +3,7 @@
     python kill_at_every_write.py IMAGES WORK
 
 One process imports, and forks a child for each step: the child encodes, and kills itself right before, or right after,
-its n-th rename; another child runs the same command again.
+its n-th rename or link; another child runs the same command again.
 """
 
 import hashlib
@@ -37,18 +37,21 @@ def in_child(function) -> int:
 
 
 def kill_at(step: int, after: bool) -> None:
-    real, calls = os.replace, 0
+    calls = 0
 
-    def replace(source, target):
-        nonlocal calls
-        calls += 1
-        if calls == step and not after:
-            os.kill(os.getpid(), signal.SIGKILL)
-        real(source, target)
-        if calls == step:
-            os.kill(os.getpid(), signal.SIGKILL)
+    def deadly(real):
+        def call(source, target):
+            nonlocal calls
+            calls += 1
+            if calls == step and not after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(source, target)
+            if calls == step:
+                os.kill(os.getpid(), signal.SIGKILL)
 
-    os.replace = replace
+        return call
+
+    os.replace, os.link = deadly(os.replace), deadly(os.link)
 
 
 def snapshot(folder: Path) -> dict[str, str]:

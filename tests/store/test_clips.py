@@ -138,18 +138,19 @@ def test_bad_clips_are_rows_and_can_be_tried_again(folder, tmp_path, wan, read_r
 
 
 def test_a_store_is_the_same_however_often_it_was_interrupted(folder, tmp_path, wan, tree, monkeypatch):
-    from latentae.store import encode
+    from latentae.store import job
 
     encode_dataset(folder, tmp_path / "a", wan, size=16, frames=5, shard_size=1)
-    real, published = encode.publish, []
+    real, published = job.publish, []
 
     def stop_after_one(*arguments, **options):
         if published:
             raise KeyboardInterrupt
         published.append(real(*arguments, **options))
+        return published[-1]
 
     with monkeypatch.context() as patch:
-        patch.setattr(encode, "publish", stop_after_one)
+        patch.setattr(job, "publish", stop_after_one)
         with pytest.raises(KeyboardInterrupt):
             encode_dataset(folder, tmp_path / "b", wan, size=16, frames=5, shard_size=1)
     encode_dataset(folder, tmp_path / "b", wan, size=16, frames=5, shard_size=1)

@@ -13,9 +13,9 @@ from PIL import Image
 import latentae
 from latentae import files
 from latentae.errors import DataError, RequestError
-from latentae.store import encode as encode_module
 from latentae.store.encode import encode_dataset
 from latentae.store.reader import LatentStore
+from latentae.store.worker import BatchEncoder
 
 OPTIONS = {"size": 32, "shard_size": 3, "batch_size": 2, "max_bad": 1}
 
@@ -45,14 +45,16 @@ class Fault:
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("function", ["replace", "fsync"])
-def test_a_disk_that_fills_up_at_any_step_loses_nothing(function, after, inputs, tmp_path, dcae, tree, monkeypatch):
+@pytest.mark.parametrize(("function", "calls"), [("link", 2), ("replace", 2 * 3 + 1), ("fsync", 2 + 2 * 3 + 1)])
+def test_a_disk_that_fills_up_at_any_step_loses_nothing(
+    function, calls, after, inputs, tmp_path, dcae, tree, monkeypatch
+):
     options = {**OPTIONS, "shard_size": 5}
     with monkeypatch.context() as patch:
         counter = Fault(patch, function)
         encode_dataset(inputs, tmp_path / "whole", dcae, **options)
     expected = tree(tmp_path / "whole")
-    assert counter.calls >= 2 + 2 * 3 + 1  # plan and store.json, three files for each of two shards, quarantine
+    assert counter.calls >= calls  # plan and store.json, three files for each of two shards, quarantine
     for step in range(1, counter.calls + 1):
         store = tmp_path / f"{function}-{step}"
         with monkeypatch.context() as patch:
@@ -74,7 +76,7 @@ def test_a_second_run_encodes_nothing_again(inputs, tmp_path, dcae, monkeypatch)
     def never(*args):
         raise AssertionError("an image was encoded twice")
 
-    monkeypatch.setattr(encode_module.BatchEncoder, "_encode", never)
+    monkeypatch.setattr(BatchEncoder, "encode", never)
     summary = encode_dataset(inputs, tmp_path / "store", dcae, **OPTIONS)
     assert (summary.encoded, summary.bad, summary.encoded_now) == (7, 1, 0)
 
@@ -183,10 +185,8 @@ def test_retrying_encodes_what_was_repaired_and_nothing_else(inputs, tmp_path, d
 
     assert encode_dataset(inputs, tmp_path / "store", dcae, **OPTIONS).bad == 1  # not without being asked
     encoded = []
-    real = encode_module.BatchEncoder._encode
-    monkeypatch.setattr(
-        encode_module.BatchEncoder, "_encode", lambda self, s: (encoded.extend(x.item.key for x in s), real(self, s))
-    )
+    real = BatchEncoder.encode
+    monkeypatch.setattr(BatchEncoder, "encode", lambda self, s: (encoded.extend(x.item.key for x in s), real(self, s)))
     summary = encode_dataset(inputs, tmp_path / "store", dcae, **OPTIONS, retry_failed=True)
     assert encoded == ["cats/broken.png"]
     assert (summary.encoded, summary.bad) == (8, 0)

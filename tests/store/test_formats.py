@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -305,6 +307,26 @@ def test_parquet(stores, tmp_path, dtype, monkeypatch):
     assert "raw: no scale is applied" in card
 
 
+def test_parquet_carries_columns_and_opens_as_a_folder(tmp_path, write_images, kl):
+    datasets = pytest.importorskip("datasets")
+    names = ["a.png", "b.png", "c.png"]
+    write_images(tmp_path / "photos", dict.fromkeys(names, (32, 32)))
+    rows = [
+        {"path": "a.png"},
+        {"path": "b.png", "caption": "zwei Bären", "score": 0.5},
+        {"path": "c.png", "score": 1.5},
+    ]
+    (tmp_path / "photos/list.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    encode_dataset(tmp_path / "photos/list.jsonl", tmp_path / "store", kl, size=SIZE)
+    export_store(tmp_path / "store", tmp_path / "out", "parquet")
+    read = datasets.load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "c"))
+    assert read["key"][:] == names
+    assert read["caption"][:] == [None, "zwei Bären", None]
+    assert read["score"][:] == [None, 0.5, 1.5]
+    assert read["label"][:] == [None, None, None]
+    np.testing.assert_array_equal(np.float32(read[2]["latents"]), LatentStore(tmp_path / "store")[2]["latents"])
+
+
 def test_parquet_of_several_shapes(tmp_path, write_images, dcae):
     datasets = pytest.importorskip("datasets")
     write_images(tmp_path / "mixed", {"a.png": (32, 64), "b.png": (8, 8), "c.png": (40, 24)})
@@ -377,6 +399,31 @@ def test_an_export_that_was_cut_short_goes_on_to_the_same_files(format, stores, 
         assert contents(out) == expected
     assert export_store(store, tmp_path / "whole", format, **options).entries == 7
     assert contents(tmp_path / "whole") == expected
+
+
+KILLED = """
+import os, signal, sys
+from latentae.store.formats import export_store
+count, real = 0, os.replace
+def replace(*names):
+    global count
+    count += 1
+    if count == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(*names)
+os.replace = replace
+export_store(sys.argv[1], sys.argv[2], "fastdit")
+"""
+
+
+def test_an_export_that_was_killed_leaves_nothing_that_a_loader_would_count(stores, tmp_path):
+    store = stores("mode", flip=False)
+    export_store(store, tmp_path / "whole", "fastdit")
+    command = [sys.executable, "-c", KILLED, str(store.path), str(tmp_path / "out")]
+    assert subprocess.run(command).returncode == -9
+    assert list((tmp_path / "out").rglob(f"*{TEMPORARY_SUFFIX}"))
+    export_store(store, tmp_path / "out", "fastdit")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_another_export_or_other_things_in_the_folder_are_refused(stores, tmp_path):

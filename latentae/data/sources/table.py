@@ -20,6 +20,7 @@ SCHEMA = pyarrow.schema(
 )
 OWN = SCHEMA.names
 ITEMS_AT_ONCE = 65536
+MOST_PIECES = 256
 NO_COLUMNS: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -47,7 +48,7 @@ class ItemTable(Sequence[Item]):
         builder = ItemTableBuilder()
         for item in items:
             builder.append(item.key, item.uri, item.size, item.label, item.columns)
-        return builder.finish()
+        return builder.finish()._joined()
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -105,13 +106,18 @@ class ItemTable(Sequence[Item]):
         """
         keys = self.keys
         ascending = len(self) < 2 or pc.all(pc.less(keys[:-1], keys[1:])).as_py()
-        table = self.table if ascending else self.table.take(pc.sort_indices(keys)).combine_chunks()
+        table = self.table if ascending else self.table.take(pc.sort_indices(keys))
         keys = table.column("key")
         if not ascending and pc.any(same := pc.equal(keys[:-1], keys[1:])).as_py():
             first = pc.index(same, True).as_py()
             one, other = ItemTable(table.slice(first, 2))
             raise SameKey(one.key, one.uri, other.uri)
-        return ItemTable(table)
+        return ItemTable(table)._joined()
+
+    def _joined(self) -> "ItemTable":
+        """The same items in few pieces; many pieces make looking at one item slow, and joining takes memory."""
+        pieces = self.keys.num_chunks
+        return ItemTable(self.table.combine_chunks()) if pieces > MOST_PIECES else self
 
 
 class Source(Protocol):
@@ -207,7 +213,7 @@ class ItemTableBuilder:
         self._rows, self._carried = [], {}
 
     def finish(self, where: str = "the source") -> ItemTable:
-        """All items that were appended, in their order.
+        """All items that were appended, in their order; the builder is empty then.
 
         Raises:
             RequestError: some labels are numbers and some are text; it says that ``where`` has them.
@@ -229,7 +235,8 @@ class ItemTableBuilder:
                 if _differ(kinds.get(field.name, set())):
                     table = table.set_column(place, field.name, _as_text(table.column(place)))
             self._tables[number] = table
-        table = pyarrow.concat_tables(self._tables, promote_options="permissive").combine_chunks()
+        table = pyarrow.concat_tables(self._tables, promote_options="permissive")
+        self._tables = []
         if self._classes:
             ranks = {text: rank for rank, text in enumerate(sorted(self._classes))}
             numbers = pyarrow.array([ranks[text] for text in self._classes], pyarrow.int64())

@@ -57,6 +57,8 @@ def test_a_table_is_a_sequence_of_its_items():
         table[200]
     assert pickle.loads(pickle.dumps(table)) == table
     assert pickle.loads(pickle.dumps(table[3])) == items[3]
+    assert pickle.loads(pickle.dumps(table[3:5])) == table[3:5]
+    assert len(pickle.dumps(table[3:5])) < len(pickle.dumps(table)) / 4
 
 
 def test_blocks_and_single_items_are_the_same():

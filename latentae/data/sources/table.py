@@ -6,6 +6,7 @@ from typing import Any, Protocol, overload
 
 import pyarrow
 import pyarrow.compute as pc
+import pyarrow.ipc
 
 from latentae.data.sources.base import Item, label_of
 from latentae.errors import RequestError
@@ -85,6 +86,13 @@ class ItemTable(Sequence[Item]):
 
     __hash__ = None  # type: ignore[assignment]
 
+    def __reduce__(self) -> Any:
+        """Pickled, a slice is no longer than itself; the arrays of Arrow would take along what they are a slice of."""
+        sink = pyarrow.BufferOutputStream()
+        with pyarrow.ipc.new_stream(sink, self.table.schema) as stream:
+            stream.write_table(self.table)
+        return _unpickled, (sink.getvalue(),)
+
     @property
     def carried(self) -> list[str]:
         """The names of the columns that are the source's own."""
@@ -118,6 +126,10 @@ class ItemTable(Sequence[Item]):
         """The same items in few pieces; many pieces make looking at one item slow, and joining takes memory."""
         pieces = self.keys.num_chunks
         return ItemTable(self.table.combine_chunks()) if pieces > MOST_PIECES else self
+
+
+def _unpickled(stream: pyarrow.Buffer) -> ItemTable:
+    return ItemTable(pyarrow.ipc.open_stream(stream).read_all())
 
 
 class Source(Protocol):

@@ -24,7 +24,8 @@ A store of latents, as encode writes it, needs --format; the loader of that proj
 
   lightningdit   shards of draws, unscaled, and of mirrored images (encode --flip); latents_stats.pt
   fastdit        imagenet256_features/ and imagenet256_labels/, a file each, normalised by the model's scale
-  repa           images/ and vae-sd/, mean and standard deviation (encode --kind moments); --images SRC, as encoded
+  repa           vae-sd/, mean and standard deviation (encode --kind moments), and images/, read again where they were
+                 when they were encoded, or from --images SRC
   edm2           a file each of mean and standard deviation (encode --kind moments), dataset.json
   mar            CLASS/NAME.npz, mean and log-variance of image and mirror image (encode --kind moments --flip)
   dcae           CLASS/NAME.npy, normalised by the model's scale

@@ -124,9 +124,10 @@ class StreamedLatents(IterableDataset[dict[str, Any]]):
     """The entries of a store as samples to train on, in the order of `ShardShuffle`.
 
     Each is a dictionary with ``key``, ``label`` (-1 without one), ``latents``, float32 (C, h, w) or (C, t, h, w), and
-    the columns that are asked for. The workers of a DataLoader take consecutive pieces of the rank's part. torchdata's
-    StatefulDataLoader, with as many workers as before, goes on in the middle of an epoch; call `set_epoch` before each,
-    which reaches persistent workers too.
+    the columns that are asked for. The workers of a DataLoader take consecutive pieces of the rank's part and each
+    makes batches of its own, so there can be a few more than ``len(loader)`` says. torchdata's StatefulDataLoader, with
+    as many workers as before, goes on in the middle of an epoch. Call `set_epoch` before each epoch: it reaches
+    persistent workers too.
 
     Args:
         shuffle: False for the order of the store.

@@ -144,16 +144,20 @@ def test_a_stateful_loader_goes_on_in_the_middle_of_an_epoch(store, workers, mak
     ordered.set_epoch(2)
     expected = list(whole)
     assert sorted(key for batch in expected for key in batch["key"]) == store.keys
-    for stop in (1, 6, len(expected) - 1):
+    for stop in (1, 6, len(expected) - 1, len(expected)):
         ordered, first = loader()
         ordered.set_epoch(2)
         iterator = iter(first)
         read = [next(iterator) for _ in range(stop)]
         state = pickle.dumps(first.state_dict())
         del iterator, first  # killed
-        _, second = loader()
+        ordered, second = loader()
         second.load_state_dict(pickle.loads(state))
         read += list(second)
+        ordered.set_epoch(3)
+        following = [key for batch in second for key in batch["key"]]
+        assert sorted(following) == store.keys
+        assert following != [key for batch in expected for key in batch["key"]]
         assert [batch["key"] for batch in read] == [batch["key"] for batch in expected]
         assert all(torch.equal(a["latents"], b["latents"]) for a, b in zip(read, expected))
 

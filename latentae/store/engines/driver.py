@@ -126,9 +126,11 @@ class Driver:
         self.queue = deque(shards)
         self.suspects: list[int] = []  # given back by workers that died
         self.deaths: Counter[int] = Counter()  # of workers, by shard
-        self.deaths_in_a_row = 0
+        self.deaths_in_a_row = self.deaths_of_idle = 0
+        self.any_asked = False
         self.left: list[int] = []
         self.how = ""  # the last one died
+        self.patience = 0
         self.workers: list[Worker] = []
         self.started = 0
 
@@ -139,16 +141,16 @@ class Driver:
             ResumableError: shards are left, because too many workers died.
             Exception: whatever a worker raised.
         """
-        patience = ATTEMPTS * (processes + 1)
+        self.patience = ATTEMPTS * (processes + 1)
         for _ in range(processes):
             self._start()
         while self.unfinished:
-            if not self.workers or self.deaths_in_a_row > patience:
+            if not self.workers or self.deaths_in_a_row > self.patience:
                 raise self._too_many_deaths()
             for worker, message in self.team.receive():
                 match message:
                     case Draw():
-                        worker.asks = True
+                        worker.asks = self.any_asked = True
                     case Advanced(inputs, bad):
                         self._advance(worker, inputs, bad)
                     case Report():
@@ -203,11 +205,14 @@ class Driver:
         self.workers.remove(worker)
         self.advance(-worker.inputs, -worker.bad)  # its unreported inputs will be done again
         self.how = how
-        if not worker.held:  # it died of itself, while starting say, and so would another one
-            return
-        self.deaths_in_a_row += 1
-        self.deaths.update({shard: int(shard == worker.held[0]) for shard in worker.held})
+        if worker.held:
+            self.deaths_in_a_row += 1
+        else:  # it died of itself, mostly while starting, as another one may do
+            self.deaths_of_idle += 1
+            if not self.any_asked or self.deaths_of_idle > self.patience:
+                return
         for shard in worker.held:
+            self.deaths[shard] += shard == worker.held[0]
             if self.deaths[shard] < ATTEMPTS:
                 self.suspects.append(shard)
             else:
@@ -220,7 +225,7 @@ class Driver:
         left = sorted(self.unfinished.union(self.left))
         named = ", ".join(f"{shard:05d}" for shard in left[:10]) + (", …" if len(left) > 10 else "")
         shards = "1 shard is" if len(left) == 1 else f"{len(left)} shards are"
-        if not self.workers and not self.deaths:
+        if not self.any_asked:
             reason = f"no worker came to work (the last one {self.how})"
         elif self.unfinished:
             reason = f"worker after worker died (the last one {self.how})"

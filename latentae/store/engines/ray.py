@@ -10,6 +10,7 @@ import os
 import platform
 import queue
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -72,19 +73,54 @@ def _connected(address: str | None) -> Iterator[Any]:
     if ray.is_initialized():
         yield ray
         return
+    if address not in (None, "auto"):
+        _check_address(address)
     in_main_thread = threading.current_thread() is threading.main_thread()
     on_terminate = signal.getsignal(signal.SIGTERM)
     dashboard = None if address else False  # those of others have one or not
     try:
         ray.init(address or "local", include_dashboard=dashboard, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError) as error:
-        raise RequestError(f"No Ray cluster at {address!r} ({str(error).splitlines()[0]}): start one first.") from error
+        raise _no_cluster(address, error) from error
+    except SystemExit:  # by the handler that Ray puts in the place of ours
+        raise SystemExit(128 + signal.SIGTERM) from None
     try:
         if in_main_thread:
-            signal.signal(signal.SIGTERM, on_terminate)  # Ray has put its own there
+            signal.signal(signal.SIGTERM, on_terminate)
         yield ray
     finally:
         ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """Make sure that somebody listens there, which Ray tries for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=CALL_SECONDS).close()
+    except (OSError, ValueError) as error:
+        raise _no_cluster(address, error) from error
+
+
+def _no_cluster(address: str | None, error: Exception) -> RequestError:
+    reason = (str(error).splitlines() or [""])[0].rstrip(".")
+    return RequestError(f"No Ray cluster at {address!r} ({reason}): give the address HOST:PORT of a running one.")
+
+
+def check_store(job: Job) -> None:
+    """Make sure that this machine sees the store of ``job``.
+
+    Raises:
+        RequestError: it does not, or another one.
+    """
+    try:
+        same = store_fingerprint(read_configuration(job.store)) == job.fingerprint
+    except (RequestError, DataError):
+        same = False
+    if not same:
+        raise RequestError(
+            f"The node {platform.node()} does not see the store at {job.store}: a Ray cluster encodes into a folder, "
+            "with a model and from inputs, that all of its nodes share under the same paths."
+        )
 
 
 class Actor:
@@ -103,15 +139,7 @@ class Actor:
     def _open(self, job: Job, device: str | None) -> ShardWorker:
         with suppress(OSError):
             os.chdir(self.folder)  # paths may be relative
-        try:
-            same = store_fingerprint(read_configuration(job.store)) == job.fingerprint
-        except (RequestError, DataError):
-            same = False
-        if not same:
-            raise RequestError(
-                f"The node {platform.node()} does not see the store at {job.store}: a Ray cluster encodes into a "
-                "folder, with a model and from inputs, that all of its nodes share under the same paths."
-            )
+        check_store(job)
         return self.open_worker(job, device)
 
     def give(self, shard: int | None) -> None:
@@ -164,7 +192,7 @@ class Actors(Team):
             try:
                 worker.node, messages = self.ray.get(call)
             except self.ray.exceptions.RayError as error:
-                yield worker, self._end(worker, f"was lost: {_first_line(error)}")
+                yield worker, self._end(worker, _reason(error))
                 continue
             self._call(worker)
             yield from ((worker, message) for message in messages)
@@ -194,5 +222,7 @@ class Actors(Team):
             self.ray.kill(worker.actor)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".")
+def _reason(error: Exception) -> str:
+    """Two sentences of what Ray knows of a death; what it puts before is about the call."""
+    told = [line for line in str(error).splitlines() if line.strip() and not line.startswith(("\t", " "))]
+    return f"was lost: {'. '.join(told[-1].split('. ')[:2]) if told else type(error).__name__}"

@@ -81,11 +81,13 @@ class Run:
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
         )
 
-    def alive(self) -> list[int]:
+    def alive(self, but: str | None = None) -> list[int]:
+        """Its processes, without those whose command line has the word ``but``."""
         found = []
         for path in Path("/proc").glob("[0-9]*/environ"):
             try:
-                if self.mark.encode() in path.read_bytes():
+                command = path.with_name("cmdline").read_text()
+                if self.mark.encode() in path.read_bytes() and not (but and but in command):
                     found.append(int(path.parent.name))
             except OSError:  # has ended, or is somebody else's
                 continue

@@ -36,10 +36,6 @@ def kill_this_process() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def nothing() -> None:
-    pass
-
-
 def sleeping(seconds: float) -> Callable[[], None]:
     return partial(time.sleep, seconds)
 

@@ -206,7 +206,20 @@ def test_the_others_go_on_when_one_dies_while_starting(drive):
     reports, _, team, error = drive(Work(), range(9), 2, FirstStillborn)
     assert error is None
     assert sorted(reports) == list(range(9))
-    assert len(team.started) == 2
+    assert 2 <= len(team.started) <= 3
+
+
+def test_replacements_that_cannot_start_are_not_tried_for_ever(drive):
+    class OnlyTheFirst(FakeWorker):
+        def __init__(self, work, device):
+            super().__init__(work, device)
+            if self.number > 1:
+                raise Death
+
+    _, _, team, error = drive(Work(deadly={0: 100, 1: 100}), range(30), 2, OnlyTheFirst)
+    assert isinstance(error, ResumableError)
+    assert "30 shards" in str(error) or "29 shards" in str(error)
+    assert 5 < len(team.started) < 20
 
 
 class Unpicklable(Exception):

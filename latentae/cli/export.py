@@ -124,8 +124,8 @@ def _export_store(args: argparse.Namespace) -> int:
     summary = export_store(args.model, args.folder, args.format, **options)
     missing = f", {summary.missing} inputs have none" if summary.missing else ""
     print(f"{args.folder}: {summary.entries} entries as {args.format}{missing}; export.json says what they are")
-    for note in summary.notes:
-        say(f"note: {note}")
+    if summary.note:
+        say(f"note: {summary.note}")
     return 0
 
 

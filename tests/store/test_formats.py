@@ -129,7 +129,7 @@ def test_fastdit(stores, seven, moments, kl, tmp_path):
 
 def test_edm2(stores, moments, tmp_path):
     summary = export_store(stores(flip=False), tmp_path / "out", "edm2")
-    assert "pixels in [0, 1]" in summary.notes[0]
+    assert "pixels in [0, 1]" in summary.note
     names = [f"00000/img-mean-std-{i:08d}.npy" for i in range(7)]
     labels = json.loads((tmp_path / "out/dataset.json").read_text())["labels"]
     assert labels == [[name, label] for name, label in zip(names, [0, 0, 0, 1, 1, 1, 1])]
@@ -439,6 +439,19 @@ def test_another_export_or_other_things_in_the_folder_are_refused(stores, tmp_pa
     export_store(moments, tmp_path / "drawn", "fastdit", seed=1)
     with pytest.raises(RequestError, match="differs in seed"):
         export_store(moments, tmp_path / "drawn", "fastdit", seed=2)
+
+
+def test_a_damaged_store_is_not_exported(stores, tmp_path):
+    store = stores("mode", flip=False)
+    path = store.path / "shards/00001.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-40] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(
+        DataError, match=r"1 files of the store are damaged; the first: .*00001\.safetensors is not what"
+    ):
+        export_store(store, tmp_path / "out", "parquet")
+    assert not (tmp_path / "out/export.json").exists()
 
 
 def test_the_record_says_what_was_done(stores, tmp_path):

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from latentae.errors import RequestError
+from latentae.errors import DataError, RequestError
 from latentae.files import TEMPORARY_SUFFIX, read_json, write_json
 from latentae.store.formats.classes import write_dcae, write_mar
 from latentae.store.formats.entries import Entries
@@ -52,14 +52,15 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class ExportSummary:
-    """What an export holds; ``missing`` inputs of the store's plan have no latents (bad, or not encoded yet)."""
+    """What an export holds; ``missing`` inputs of the store's plan have no latents (bad, or not encoded yet), and
+    ``note`` says where the project's own files would differ."""
 
     folder: str
     format: str
     entries: int
     missing: int
     seconds: float
-    notes: tuple[str, ...] = ()
+    note: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -98,15 +99,16 @@ def export_store(
     record = _record(entries, chosen, format)
     started = time.monotonic()
     if not _begin(folder, record):
+        if problems := store.verify():
+            raise DataError(f"{len(problems)} files of the store are damaged; the first: {problems[0]}")
         with OutputFolder(folder) as output:
             if format == "parquet":
                 write_card(record, output)
             more = chosen.write(entries, output)
         write_json(folder / RECORD, {**record, **more})
-        (folder / BEGUN).unlink()
-    notes = [note for name in ("differs",) if (note := read_json(folder / RECORD).get(name))]
-    missing = store.plan.inputs - len(store)
-    return ExportSummary(str(folder), format, len(store), missing, time.monotonic() - started, tuple(notes))
+    (folder / BEGUN).unlink(missing_ok=True)
+    missing, note = store.plan.inputs - len(store), read_json(folder / RECORD).get("differs")
+    return ExportSummary(str(folder), format, len(store), missing, time.monotonic() - started, note)
 
 
 def _check(store: LatentStore, chosen: Format, format: str, *, partial: bool, seed: int, images: Any) -> Entries:

@@ -15,7 +15,7 @@ from latentae.data.sources.base import Item, is_url, key_of, place_of_name, uri_
 from latentae.data.sources.columns import Carried
 from latentae.data.sources.parquet import column_suffix
 from latentae.data.sources.reading import UriReader, arrow_table
-from latentae.data.sources.remote import fetch, names_in
+from latentae.data.sources.remote import fetch, kind_of, names_in
 from latentae.data.sources.rows import (
     bytes_leaves,
     image_column,
@@ -193,33 +193,35 @@ def _add(
 
 def is_saved_dataset(place: str) -> bool:
     """Whether a folder is one that ``save_to_disk`` wrote."""
-    names = _names_in(place)
-    return SPLITS in names or (bool(names & {STATE, INFO}) and any(name.endswith(".arrow") for name in names))
+    descriptions = _descriptions(place)
+    return SPLITS in descriptions or (bool(descriptions) and bool(_arrow_files(place)))
 
 
-def _names_in(place: str) -> set[str]:
-    if is_url(place):
-        return names_in(place)
-    return {name for name in (SPLITS, STATE, INFO) if Path(place, name).is_file()} | {
-        path.name for path in Path(place).glob("*.arrow")
-    }
+def _descriptions(place: str) -> set[str]:
+    """Which descriptions lie in a folder; the folder, which may hold millions, is not listed."""
+    return {name for name in (SPLITS, STATE, INFO) if kind_of(f"{place}/{name}") == "file"}
+
+
+def _arrow_files(place: str) -> list[str]:
+    names = names_in(place) if is_url(place) else {path.name for path in Path(place).glob("*.arrow")}
+    return sorted(name for name in names if name.endswith(".arrow") and not name.startswith("cache-"))
 
 
 def _parts(place: str) -> list[tuple[str, list[str]]]:
     """What the keys of the rows of files begin with; rows are counted through the files of one part."""
     if place.lower().endswith(".arrow"):
         return [("", [place])]
-    names = _names_in(place)
-    if SPLITS in names:
+    descriptions = _descriptions(place)
+    if SPLITS in descriptions:
         splits = _json(f"{place}/{SPLITS}", "splits")
         parts = []
         for split in splits:
             if is_url(place) or Path(place, split).is_dir():
                 parts += [(f"{split}/{prefix}", files) for prefix, files in _parts(f"{place}/{split}")]
         return parts
-    if STATE in names:
+    if STATE in descriptions:
         return [("", [f"{place}/{part['filename']}" for part in _json(f"{place}/{STATE}", "_data_files")])]
-    files = sorted(name for name in names if name.endswith(".arrow") and not name.startswith("cache-"))
+    files = _arrow_files(place)
     return [("" if len(files) == 1 else f"{key_of(name)}/", [f"{place}/{name}"]) for name in files]
 
 

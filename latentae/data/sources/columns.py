@@ -36,20 +36,29 @@ class Carried:
     def __init__(self, wanted: Sequence[str] | None):
         self.wanted = None if wanted is None else frozenset(wanted)
         self.known: dict[str, None] = {}
+        self._names: dict[str, str | None] = {}
 
     def __bool__(self) -> bool:
         return self.wanted is None or bool(self.wanted)
 
     def chosen(self, names: Iterable[str]) -> list[str]:
         """The names that are carried, of those that are there."""
-        names = [name for name in names if name.strip()]
+        names = [name for name in names if name and name.strip()]
         self.known.update(dict.fromkeys(names))
         return [name for name in names if self.wanted is None or name in self.wanted]
 
     def of_row(self, row: Mapping[str, Any], taken: Collection[str | None] = ()) -> dict[str, Any]:
         """The carried values of a row or object, without the ``taken`` ones; what is nested becomes JSON."""
-        names = self.chosen(name for name in row if isinstance(name, str) and name not in taken)
-        return {carried_name(name): _scalar(row[name]) for name in names}
+        carried = {}
+        for name, value in row.items():
+            if name not in taken and (carried_as := self._carried_as(name)):
+                carried[carried_as] = _scalar(value)
+        return carried
+
+    def _carried_as(self, name: str) -> str | None:
+        if name not in self._names:
+            self._names[name] = carried_name(name) if name in self.chosen([name]) else None
+        return self._names[name]
 
     def fields(self, schema: pyarrow.Schema, taken: Collection[str | None] = ()) -> list[str]:
         """The names of the columns of a table that are carried; those that hold bytes never are."""

@@ -170,13 +170,23 @@ class ManifestSource:
         return key_of(path.removeprefix(within).lstrip(os.sep)), file_uri(path)
 
     def _add_rows(self, rows: Iterable[tuple[int, dict[str, Any]]], found: ItemTableBuilder) -> None:
-        for line, row in rows:
-            column, value = self._path(line, row)
-            key, uri = self._locate(value)
-            labelled = label_column(row)
-            label = label_of(row[labelled]) if labelled else None
-            columns = self._carried.of_row(row, {column, labelled, KEY}) if self._carried else {}
-            found.append(self._key(line, row) if KEY in row else key, uri, 0, label, columns)
+        rows = iter(rows)
+        while block := list(islice(rows, ROWS_AT_ONCE)):
+            paths = [self._path(line, row) for line, row in block]
+            for (line, row), (column, _), (key, uri) in zip(
+                block, paths, self._locate_all([path for _, path in paths])
+            ):
+                labelled = label_column(row)
+                label = label_of(row[labelled]) if labelled else None
+                columns = self._carried.of_row(row, (column, labelled, KEY)) if self._carried else {}
+                found.append(self._key(line, row) if KEY in row else key, uri, 0, label, columns)
+
+    def _locate_all(self, paths: list[str]) -> Iterable[tuple[str, str]]:
+        try:
+            keys, uris = self._located(pyarrow.array(paths, TEXT))
+        except UnicodeEncodeError:  # a name that is not UTF-8 is among them, as Python writes it
+            return map(self._locate, paths)
+        return zip(keys.to_pylist(), uris.to_pylist())
 
     def _path(self, line: int, row: dict[str, Any]) -> tuple[str, str]:
         column = next((name for name in PATH_COLUMNS if name in row), None)
@@ -186,7 +196,7 @@ class ManifestSource:
         if not isinstance(value, str) or not value.strip() or "\0" in value:
             raise RequestError(f"{self.place} has {value!r} as {column} in line {line}; expected the path of a file.")
         try:
-            os.fsencode(value)
+            value.isascii() or os.fsencode(value)
         except UnicodeEncodeError:
             raise RequestError(f"{self.place} has {value!r} as {column} in line {line}, no name of a file.") from None
         return column, value

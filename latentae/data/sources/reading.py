@@ -138,13 +138,16 @@ class LastUsed(Generic[Value]):
             with self._lock:
                 if key in self.values:
                     return self.values[key][0]
-            value = make()
+            try:
+                value = make()
+            finally:
+                with self._lock:
+                    self._making.pop(key, None)
             with self._lock:
                 self.values[key] = value, size(value)
                 self._bytes += self.values[key][1]
                 while len(self.values) > 1 and self._is_full():
                     self._bytes -= self.values.popitem(last=False)[1][1]
-                self._making.pop(key, None)
             return value
 
     def _is_full(self) -> bool:
@@ -173,20 +176,22 @@ class _Facts:
 
     def __init__(self, place: str, column: str | None):
         self.place = place
-        with pyarrow.parquet.ParquetFile(parquet_input(place)) as parquet:
+        source = parquet_input(place)
+        self.size = source.size if isinstance(source, RemoteFile) else None
+        with pyarrow.parquet.ParquetFile(source) as parquet:
             self.metadata, schema = parquet.metadata, parquet.schema_arrow
         self.leaf = bytes_leaves(schema)[image_column(place, schema, column)]
         groups = range(self.metadata.num_row_groups)
         self.ends = list(accumulate(self.metadata.row_group(number).num_rows for number in groups))
 
     def read(self, group: int) -> pyarrow.ChunkedArray:
-        with pyarrow.parquet.ParquetFile(parquet_input(self.place), metadata=self.metadata) as parquet:
+        with pyarrow.parquet.ParquetFile(parquet_input(self.place, self.size), metadata=self.metadata) as parquet:
             return leaf_column(parquet.read_row_group(group, columns=[self.leaf], use_threads=False), self.leaf)
 
 
-def parquet_input(place: str) -> Any:
-    """What `pyarrow.parquet.ParquetFile` takes for a place."""
-    return RemoteFile(place) if is_url(place) else place
+def parquet_input(place: str, size: int | None = None) -> Any:
+    """What `pyarrow.parquet.ParquetFile` takes for a place; the ``size`` of a remote one, if known, spares asking."""
+    return RemoteFile(place, size) if is_url(place) else place
 
 
 def arrow_table(place: str) -> pyarrow.Table:

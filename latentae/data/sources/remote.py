@@ -176,8 +176,8 @@ def names_in(url: str) -> set[str]:
 class RemoteFile(io.RawIOBase):
     """A file of an object store for those who want a file. Each read is a request; nothing is kept open."""
 
-    def __init__(self, url: str):
-        size = size_of_url(url)
+    def __init__(self, url: str, size: int | None = None):
+        size = size_of_url(url) if size is None else size
         if size is None:
             raise RequestError(f"{url} lies on a server that does not tell its length: download it first.")
         self.url, self.size, self.position = url, size, 0

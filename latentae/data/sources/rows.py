@@ -1,7 +1,7 @@
 """Images in the rows of tables, as the Hugging Face hub and the ``datasets`` library hold them: which column has them,
 and what their names are."""
 
-from collections.abc import Iterable
+from collections.abc import Collection
 
 import pyarrow
 import pyarrow.compute as pc
@@ -53,9 +53,8 @@ def _described(schema: pyarrow.Schema) -> str:
     return "it has " + ", ".join(f"{field.name} ({field.type})" for field in schema)
 
 
-def label_column(names: Iterable[str]) -> str | None:
+def label_column(names: Collection[str]) -> str | None:
     """The column of labels, if there is one."""
-    names = set(names)
     return next((name for name in LABEL_COLUMNS if name in names), None)
 
 

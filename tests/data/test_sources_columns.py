@@ -404,6 +404,8 @@ def test_a_data_set_in_memory(dataset):
     assert isinstance(source, DatasetSource)
     assert {item.key: source.read(item) for item in source.items()} == expected(range(13))
     assert [item.label for item in source.items()] == [i % 3 for i in range(13)]
+    with pytest.raises(RequestError, match="can only be read by its source"):
+        UriReader().read(source.items()[0])
     copy = pickle.loads(pickle.dumps(source))
     assert copy.items() == source.items()
     assert {item.key: copy.read(item) for item in copy.items()} == expected(range(13))

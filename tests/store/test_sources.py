@@ -9,6 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
 import latentae
@@ -54,3 +55,28 @@ def test_labels_and_latents_are_the_same_from_every_source(labelled, tiny_dcae):
             torch.testing.assert_close(store[i]["latents"], stores["x.tar"][i]["latents"], rtol=0, atol=0)
     assert stores["x.tar"].keys == stores["x.csv"].keys == [f"{i}.png" for i in range(6)]
     assert stores["x.parquet"].keys == [f"{i:08d}-{i}.png" for i in range(6)]
+
+
+def test_stores_from_an_object_store_and_of_data_sets(labelled, tiny_dcae):
+    datasets = pytest.importorskip("datasets")
+    images = [{"bytes": (labelled / f"{i}.png").read_bytes(), "path": f"{i}.png"} for i in range(6)]
+    columns = {"image": images, "label": [i % 3 for i in range(6)], "caption": [f"n{i}" for i in range(6)]}
+    features = datasets.Features(
+        image=datasets.Image(), label=datasets.ClassLabel(num_classes=3), caption=datasets.Value("string")
+    )
+    dataset = datasets.Dataset.from_dict(columns, features=features)
+    dataset.save_to_disk(labelled / "saved", num_shards=2)
+    memory = MemoryFileSystem()
+    memory.pipe_file("/stores/x.tar", (labelled / "x.tar").read_bytes())
+    whole = encode_dataset(labelled / "x.tar", labelled / "latents", tiny_dcae, size=32)
+    expected = latentae.LatentStore(whole.store)
+    for number, src in enumerate((dataset, labelled / "saved", "memory://stores/x.tar")):
+        for _ in range(2):  # the second time, nothing is left to do
+            summary = encode_dataset(src, labelled / f"latents-{number}", tiny_dcae, size=32, shard_size=4)
+        assert (summary.encoded, summary.encoded_now) == (6, 0)
+        store = latentae.LatentStore(summary.store)
+        for i in range(6):
+            assert store[i]["label"] == i % 3
+            assert store[i].get("caption") == (f"n{i}" if number < 2 else None)
+            torch.testing.assert_close(store[i]["latents"], expected[i]["latents"], rtol=0, atol=0)
+    memory.rm("/stores", recursive=True)

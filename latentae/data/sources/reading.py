@@ -56,6 +56,8 @@ class UriReader:
             OSError: its storage is gone, or still fails after several attempts.
             RequestError: its storage wants credentials, or a package that is missing.
         """
+        if "://" not in item.uri:
+            raise RequestError(f"{item.uri} is no address of a file: {item.key} can only be read by its source.")
         place = place_of(item.uri)
         wanted = dict(part.partition("=")[::2] for part in item.uri.partition("#")[2].split("&"))
         try:

@@ -51,7 +51,7 @@ def atomic_write(path: Path | str, *, replace: bool = True) -> Iterator[BinaryIO
 def _claim(temporary: Path, path: Path) -> None:
     """Rename, but never over another file."""
     try:
-        os.link(temporary, path)  # noqa: PTH141
+        os.link(temporary, path)
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
             raise

@@ -37,7 +37,6 @@ import latentae
 from latentae.codec import LatentCodec
 from latentae.console import format_table, say
 from latentae.data.samples import dead_leaves
-from latentae.data.transforms import adm_center_crop
 from latentae.store.encode import encode_dataset
 
 THREADS = 2
@@ -95,9 +94,19 @@ class Crops(Dataset[tuple[torch.Tensor, int]]):
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        image = np.asarray(Image.open(self.files[index]).convert("RGB"))
-        pixels = torch.from_numpy(adm_center_crop(image, self.size)).permute(2, 0, 1).float() / 255
+        picture = Image.open(self.files[index]).convert("RGB")
+        pixels = torch.from_numpy(self.crop(picture)).permute(2, 0, 1).contiguous().float() / 255
         return pixels * 2 - 1, 0
+
+    def crop(self, picture: Image.Image) -> np.ndarray:
+        while min(picture.size) >= 2 * self.size:
+            picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+        scale = self.size / min(picture.size)
+        picture = picture.resize(
+            (round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC
+        )
+        left, top = (picture.width - self.size) // 2, (picture.height - self.size) // 2
+        return np.array(picture.crop((left, top, left + self.size, top + self.size)))
 
 
 def extract(files: list[Path], out: Path, codec: LatentCodec, batch: int, workers: int) -> None:

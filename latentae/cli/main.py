@@ -28,7 +28,7 @@ COMMANDS = {
     "reconstruct": "send images or videos through an autoencoder and back",
     "bench": "measure autoencoders by one stated protocol and write a report",
     "probe": "say how easy a latent space is to model, by a small diffusion model (experimental)",
-    "export": "save a trained autoencoder as an ordinary diffusers folder",
+    "export": "save a trained autoencoder as a diffusers folder, or a store for other people's loaders",
     "info": "say what a model, a run or a store is",
     "presets": "list every named configuration",
 }

@@ -113,6 +113,15 @@ def decode_image(data: bytes, policy: DecodePolicy = DEFAULT_POLICY) -> np.ndarr
     """Decode one picture to sRGB pixels: uint8 (height, width, 3), contiguous and writable.
 
     Raises:
+        BadImage: as `decode_picture`.
+    """
+    return np.array(decode_picture(data, policy))
+
+
+def decode_picture(data: bytes, policy: DecodePolicy = DEFAULT_POLICY) -> Image.Image:
+    """`decode_image` as an RGB image of Pillow, which costs a copy less where Pillow goes on with it.
+
+    Raises:
         BadImage: the bytes are empty, cut short, damaged, too large, or no picture of a known kind.
     """
     image = _open(data)
@@ -127,8 +136,9 @@ def decode_image(data: bytes, policy: DecodePolicy = DEFAULT_POLICY) -> np.ndarr
         if orientation != 1:
             picture = picture.transpose(TURNS[orientation])
             alpha = alpha and alpha.transpose(TURNS[orientation])
-        pixels = np.array(picture)  # (H, W, 3)
-        return pixels if alpha is None else composite(pixels, np.asarray(alpha), policy.background)
+        if alpha is None:
+            return picture
+        return Image.fromarray(composite(np.asarray(picture), np.asarray(alpha), policy.background))
 
 
 def probe_size(data: bytes) -> tuple[int, int]:

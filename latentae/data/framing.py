@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentae.data.transforms import adm_center_crop, limit_aspect, to_tensor
+from latentae.data.transforms import adm_center_crop, as_picture, limit_aspect, to_tensor
 from latentae.errors import RequestError
 from latentae.nn.pixels import pad_to_multiple
 
@@ -83,20 +83,22 @@ class Framing:
                 break
         return shape
 
-    def apply(self, image: np.ndarray, shape: Sequence[int]) -> tuple[Tensor, Crop]:
-        """An image, uint8 (H, W, 3), as uint8 (3, height, width) of one of its shapes, and what it shows."""
-        height, width = image.shape[:2]
+    def apply(self, image: np.ndarray | Image.Image, shape: Sequence[int]) -> tuple[Tensor, Crop]:
+        """An image, uint8 (H, W, 3) or Pillow's, as uint8 (3, height, width) of its shape, and what it shows."""
         if not self.sizes:
-            padded = pad_to_multiple(to_tensor(image).float(), self.multiple).to(torch.uint8)
-            return padded, (0, 0, height, width)
+            pixels = to_tensor(np.asarray(image))
+            padded = pad_to_multiple(pixels.float(), self.multiple).to(torch.uint8)
+            return padded, (0, 0, *pixels.shape[1:])
+        picture = as_picture(image)
+        width, height = picture.size
         if self.crop == "squash":
-            resized = Image.fromarray(image).resize((shape[1], shape[0]), Image.Resampling.BICUBIC)
+            resized = picture.resize((shape[1], shape[0]), Image.Resampling.BICUBIC)
             return to_tensor(np.asarray(resized)), (0, 0, height, width)
         if self.crop == "adm":
             side = min(height, width)
-            square = adm_center_crop(image, shape[0])
+            square = adm_center_crop(picture, shape[0])
             return to_tensor(square), ((height - side) // 2, (width - side) // 2, side, side)
-        return to_tensor(cover_crop(image, shape[0], shape[1])), _covered(height, width, shape[0], shape[1])
+        return to_tensor(cover_crop(picture, shape[0], shape[1])), _covered(height, width, shape[0], shape[1])
 
     def describe(self) -> dict[str, Any]:
         """What of it the latents depend on, as JSON values."""
@@ -127,25 +129,24 @@ def nearest_bucket(height: int, width: int, shapes: Sequence[tuple[int, int]]) -
     return min(shapes, key=lambda shape: (round(abs(math.log(shape[0] / shape[1]) - aspect), 9), -math.prod(shape)))
 
 
-def cover_crop(image: np.ndarray, height: int, width: int) -> np.ndarray:
+def cover_crop(picture: Image.Image, height: int, width: int) -> np.ndarray:
     """Resize by Pillow's bicubic filter, which averages when it reduces, to cover the shape, and cut the centre.
 
     For a square that is what torchvision's ``Resize`` and ``CenterCrop`` do to a Pillow image.
 
     Args:
-        image: uint8 (H, W, 3).
+        picture: RGB.
 
     Returns:
         uint8 (height, width, 3).
     """
-    image = limit_aspect(image)
-    picture = Image.fromarray(image)
+    picture = limit_aspect(picture)
     if height == width:  # cut after resizing, as torchvision does
-        high, wide = (int(height * side / min(image.shape[:2])) for side in image.shape[:2])
+        wide, high = (int(height * side / min(picture.size)) for side in picture.size)
         down, right = round((high - height) / 2), round((wide - width) / 2)
         resized = picture.resize((wide, high), Image.Resampling.BICUBIC)
         return np.asarray(resized.crop((right, down, right + width, down + height)))
-    top, left, part_height, part_width = _covered(image.shape[0], image.shape[1], height, width)
+    top, left, part_height, part_width = _covered(picture.height, picture.width, height, width)
     box = (left, top, left + part_width, top + part_height)
     return np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC, box=box))
 

@@ -9,7 +9,7 @@ from PIL import Image
 LONGEST_ASPECT = 32
 
 
-def adm_center_crop(image: np.ndarray, size: int) -> np.ndarray:
+def adm_center_crop(image: np.ndarray | Image.Image, size: int) -> np.ndarray:
     """The centre crop of ADM (Dhariwal and Nichol 2021, arXiv 2105.05233), on which ImageNet figures are computed.
 
     Halve with a box filter while the shorter side is at least ``2 * size``, resize it to ``size`` with Pillow's
@@ -17,18 +17,25 @@ def adm_center_crop(image: np.ndarray, size: int) -> np.ndarray:
     width.
 
     Args:
-        image: uint8 (height, width, 3).
+        image: uint8 (height, width, 3), or an RGB image of Pillow.
 
     Returns:
         uint8 (size, size, 3).
     """
-    picture = Image.fromarray(limit_aspect(image))
+    picture = limit_aspect(as_picture(image))
     while min(picture.size) >= 2 * size:
-        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+        picture = _halved(picture)
     scale = size / min(picture.size)
     picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
     left, top = (picture.width - size) // 2, (picture.height - size) // 2
     return np.array(picture.crop((left, top, left + size, top + size)))
+
+
+def _halved(picture: Image.Image) -> Image.Image:
+    """Pillow's ``resize`` by its box filter, bit for bit."""
+    if picture.width % 2 == picture.height % 2 == 0:
+        return picture.reduce((2, 1)).reduce((1, 2))  # faster by half; rounds after each direction, as resize does
+    return picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
 
 
 def random_resized_crop_flip(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
@@ -61,9 +68,14 @@ def to_tensor(image: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(image.transpose(2, 0, 1).copy())
 
 
-def limit_aspect(image: np.ndarray) -> np.ndarray:
+def as_picture(image: np.ndarray | Image.Image) -> Image.Image:
+    """uint8 (height, width, 3) as an image of Pillow."""
+    return image if isinstance(image, Image.Image) else Image.fromarray(image)
+
+
+def limit_aspect(picture: Image.Image) -> Image.Image:
     """Cut as much from both ends of a very long picture."""
-    height, width, _ = image.shape
+    width, height = picture.size
     down = max(0, (height - LONGEST_ASPECT * width) // 2)
     right = max(0, (width - LONGEST_ASPECT * height) // 2)
-    return image[down : height - down, right : width - right]
+    return picture.crop((right, down, width - right, height - down)) if down or right else picture

@@ -58,12 +58,12 @@ class _OpenShard:
     def rows(self) -> list[dict[str, Any]]:
         """What is known of each encoded input, in the order of the tensors; as slow to read as 50 of these."""
         of_clips = ["frames", "fps"] if len(self.shard.shape) == 3 else []
-        names = ["key", "label", "height", "width", "row", *of_clips, *self.carried]
-        rows = read_rows(self.store, self.shard, names)
-        every = (dict(zip(rows, values)) for values in zip(*rows.values()))
-        return [
-            {**row, "label": -1 if row["label"] is None else row["label"]} for row in every if row["row"] is not None
-        ]
+        names = ["row", "key", "label", "height", "width", *of_clips, *self.carried]
+        columns = read_rows(self.store, self.shard, names)
+        places = columns.pop("row")  # counted from 0, None for inputs that have no latents
+        columns["label"] = [-1 if label is None else label for label in columns["label"]]
+        every = (dict(zip(columns, values)) for values in zip(*columns.values()))
+        return [row for row, place in zip(every, places) if place is not None]
 
 
 class LatentStore:
@@ -94,7 +94,7 @@ class LatentStore:
             if (marker := committed_marker(self.path, shard, self.fingerprint)) is not None
         ]
         self._filled = [(shard, marker) for shard, marker in self._committed if marker["encoded"]]
-        self._ends = list(accumulate(marker["encoded"] for _, marker in self._filled))
+        self.shard_ends: list[int] = list(accumulate(marker["encoded"] for _, marker in self._filled))
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self.holds_clips = "frames" in self.config["preprocess"]
         self.holds_flips = bool(self.config["preprocess"].get("flip"))
@@ -105,7 +105,7 @@ class LatentStore:
         return self.config["kind"]
 
     def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return self.shard_ends[-1] if self.shard_ends else 0
 
     @property
     def complete(self) -> bool:
@@ -150,14 +150,15 @@ class LatentStore:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         shard, place = self._find(index)
-        row = shard.rows[place]
-        stored = shard.latents[row["row"]]
-        item = {name: value for name, value in row.items() if name != "row"}
+        item, stored = shard.rows[place].copy(), shard.latents[place]
         if shard.flipped is not None:
-            item[f"{self._tensor}_flip"] = shard.flipped[row["row"]]
+            item[f"{self._tensor}_flip"] = shard.flipped[place]
         if self._tensor == "moments":
             return {**item, "latents": stored.chunk(2)[0], "moments": stored}
         return {**item, "latents": stored}
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[index] for index in range(len(self)))
 
     def stored(self, index: int, *, flip: bool = False) -> Tensor:
         """The latents of an entry, or its moments from a store of them, alone: quick in any order over many shards.
@@ -169,15 +170,15 @@ class LatentStore:
         tensor = shard.flipped if flip else shard.latents
         if tensor is None:
             raise RequestError(f"{self.path} holds no latents of mirrored images: encode with --flip.")
-        return tensor[place]  # rows of a shard's encoded inputs are counted from 0
+        return tensor[place]
 
     def _find(self, index: int) -> tuple[_OpenShard, int]:
         """The shard of an entry and the entry's place in it."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} of a store of {len(self)}")
         index %= len(self)
-        number = bisect.bisect_right(self._ends, index)
-        return self._shard(number), index - (self._ends[number - 1] if number else 0)
+        number = bisect.bisect_right(self.shard_ends, index)
+        return self._shard(number), index - (self.shard_ends[number - 1] if number else 0)
 
     def shards(self) -> Iterator[tuple[list[dict[str, Any]], Tensor]]:
         """Shard by shard, the rows of its encoded inputs and their latents, (N, C, h, w)."""
@@ -204,6 +205,10 @@ class LatentStore:
         Raises:
             RequestError: nothing is encoded yet, or other software wrote markers without sums.
         """
+        return self._statistics
+
+    @cached_property
+    def _statistics(self) -> Statistics:
         if not self._filled:
             raise RequestError(f"{self.path} has no encoded inputs yet, so it has no statistics.")
         markers = [marker for _, marker in self._filled]

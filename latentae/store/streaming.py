@@ -28,7 +28,7 @@ class _ShardOrder:
             raise RequestError(f"shards_at_once={shards_at_once}; expected at least 1.")
         if not 0 <= rank < world_size:
             raise RequestError(f"rank={rank} of world_size={world_size}; expected 0 to {world_size - 1}.")
-        self.ends = np.array(store._ends, np.int64)
+        self.ends = np.array(store.shard_ends, np.int64)
         self.seed, self.shards_at_once, self.rank, self.world_size = seed, shards_at_once, rank, world_size
         self.length = len(store) // world_size
         if not self.length:

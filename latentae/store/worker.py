@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from latentae.codec import LatentCodec
-from latentae.data.decode import BadImage, DecodePolicy, decode_image, probe_size
+from latentae.data.decode import BadImage, DecodePolicy, decode_picture, probe_size
 from latentae.data.framing import Framing
 from latentae.data.sources import Item
 from latentae.errors import DataError, RequestError, ResumableError
@@ -83,9 +83,9 @@ class Loader:
     def _load(self, sample: Sample) -> None:
         data = self._read(sample.item)
         sample.bytes, sample.sha256 = len(data), hashlib.sha256(data).hexdigest()
-        image = decode_image(data, self.policy)
-        sample.height, sample.width = image.shape[:2]
-        sample.pixels, sample.crop = self.framing.apply(image, self.framing.shape(sample.height, sample.width))
+        picture = decode_picture(data, self.policy)
+        sample.width, sample.height = picture.size
+        sample.pixels, sample.crop = self.framing.apply(picture, self.framing.shape(sample.height, sample.width))
 
     def _read(self, item: Item) -> bytes:
         try:

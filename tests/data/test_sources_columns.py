@@ -1,8 +1,10 @@
 """What sources carry along, manifests of all kinds, saved data sets, and clips inside of archives."""
 
 import csv
+import io
 import json
 import pickle
+import tarfile
 from datetime import date
 
 import numpy as np
@@ -27,7 +29,21 @@ from latentae.data.sources import (
 )
 from latentae.data.sources.base import path_of
 from latentae.errors import DataError, RequestError
-from tests.data.test_archives import write_parquet, write_tar
+
+
+def write_tar(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def write_parquet(path, images, **columns):
+    kind = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    pyarrow.parquet.write_table(pyarrow.table({"image": pyarrow.array(images, kind), **columns}), path)
+    return path
 
 
 def columns(source):
@@ -216,6 +232,17 @@ def test_rows_that_arrow_refuses_late_are_read_all_the_same(tmp_path, monkeypatc
     (tmp_path / "m.csv").write_text("path,caption\n" + "\n".join([*lines, "000007.png,x"]))
     with pytest.raises(RequestError, match=r"lists .*000007\.png twice, in lines 9 and 3002"):
         ManifestSource(tmp_path / "m.csv")
+
+
+def test_numbers_in_csv_stay_as_they_are_written(tmp_path):
+    (tmp_path / "m.csv").write_text("\n\nPath , Code\na.png,007\nb.png,1e3\nc.png,NA\n")
+    assert [item.columns for item in open_source(tmp_path / "m.csv").items()] == [
+        {"code": "007"},
+        {"code": "1e3"},
+        {"code": "NA"},
+    ]
+    (tmp_path / "m.csv").write_text('path,caption\na.png,5" disc\nb.png,a "quoted" b\n')
+    assert [item.columns["caption"] for item in open_source(tmp_path / "m.csv").items()] == ['5" disc', 'a "quoted" b']
 
 
 def test_sizes_of_long_manifests_are_a_guess(tmp_path, monkeypatch):

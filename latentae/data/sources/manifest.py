@@ -244,7 +244,8 @@ def _csv_tables(place: str) -> Iterator[pyarrow.Table]:
     reading = pyarrow.csv.ReadOptions(block_size=BLOCK_BYTES, use_threads=False)
     with open_place(place) as stream:
         header = io.TextIOWrapper(stream, "utf-8-sig", errors="replace", newline="")
-        names = next(csv.reader(header, delimiter=_delimiter(place), strict=True), [])
+        lines = csv.reader(header, delimiter=_delimiter(place), strict=True)
+        names = next((names for names in lines if names), [])
         header.detach()
     types = dict.fromkeys(names, pyarrow.large_string())
     converting = pyarrow.csv.ConvertOptions(column_types=types, strings_can_be_null=False)

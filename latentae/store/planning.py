@@ -252,7 +252,7 @@ def plan_store(opened: Opened) -> Planned:
     configuration = agree_on_store(store, plan, configuration, extend=request.extend)
     new = 0
     if request.extend and begun and items is not None:
-        while len(added := new_inputs(store, plan, items, configuration)):
+        while len(added := new_inputs(store, plan, items)):
             new = len(added)
             plan = agree_on_plan(store, draft_plan(opened, added, extends=plan), len(plan.parts))
     elif items is not None:

@@ -9,15 +9,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-import pyarrow
 import pyarrow.compute as pc
 
 from latentae.data.sources.table import ItemTable
 from latentae.errors import DataError, RequestError
 from latentae.files import TEMPORARY_SUFFIX, write_json
-from latentae.store.configuration import configuration_difference, read_configuration, store_fingerprint
+from latentae.store.configuration import configuration_difference, read_configuration
 from latentae.store.plan import Plan, PlanPart, part_path, plan_difference
-from latentae.store.shard import committed_marker, read_rows
+from latentae.store.shard import read_rows
 
 PART_OF_A_STORE = re.compile(
     rf"store\.json|plan(-\d+)?\.parquet|shards|quarantine\.parquet|.*{re.escape(TEMPORARY_SUFFIX)}"
@@ -78,28 +77,16 @@ def refuse_other_inputs(store: Path, planned: Plan, items: ItemTable) -> None:
         raise _refusal(f"{store} was planned for other inputs", lines, f"Restore the inputs{extend}")
 
 
-def new_inputs(store: Path, planned: Plan, items: ItemTable, configuration: dict[str, Any]) -> ItemTable:
-    """The inputs by which a store is to be extended. Those that are not there any more must be encoded.
+def new_inputs(store: Path, planned: Plan, items: ItemTable) -> ItemTable:
+    """The inputs by which a store is to be extended; those that were planned are read from where they lay then.
 
     Raises:
-        RequestError: they are not, or others have another label now.
+        RequestError: planned ones have another label now.
     """
     difference = plan_difference(planned, items)
-    lines = difference.relabelled_lines()
-    if difference.gone:
-        gone, fingerprint = pyarrow.array(difference.gone, pyarrow.large_string()), store_fingerprint(configuration)
-        for shard in planned.shards:
-            if committed_marker(store, shard, fingerprint) is None:
-                missing = planned.items(shard).keys
-                lines += [
-                    f"{key}: planned and not encoded yet" for key in missing.filter(pc.is_in(missing, gone)).to_pylist()
-                ]
-    if lines:
-        raise _refusal(
-            f"{store} cannot be extended by these inputs",
-            lines,
-            "First finish it with the inputs that it was planned for",
-        )
+    if lines := difference.relabelled_lines():
+        remedy = "Give them the labels that they had (a class that is added must be sorted behind the others)"
+        raise _refusal(f"{store} cannot be extended by these inputs", lines, remedy)
     return difference.new
 
 

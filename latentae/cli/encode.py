@@ -28,6 +28,8 @@ workers and nodes are replaced. 'latentae plan' lists SRC once beforehand, 'late
 """
 
 import argparse
+import contextlib
+import sys
 from typing import Any
 
 SOURCES = "images: a folder, a tar or parquet file, a table, or one image; or videos: a folder, or one; also URLs"
@@ -188,21 +190,22 @@ def run(args: argparse.Namespace) -> int:
         request = Request(args.src, args.dst, args.model, device=devices and devices[0], **planning_options(args))
         processes = args.processes or len(devices or [""])
         return dry_run(request, args.batch_size, as_json=args.json, processes=processes * args.shard_count)
-    summary = encode_dataset(
-        args.src,
-        args.dst,
-        args.model,
-        batch_size=args.batch_size,
-        processes=args.processes,
-        device=devices,
-        engine=args.engine,
-        ray_address=args.ray_address,
-        shard_index=args.shard_index,
-        shard_count=args.shard_count,
-        max_bad=args.max_bad,
-        retry_failed=args.retry_failed,
-        **planning_options(args),
-    )
+    with contextlib.redirect_stdout(sys.stderr):  # where Ray tells of nodes that it has lost
+        summary = encode_dataset(
+            args.src,
+            args.dst,
+            args.model,
+            batch_size=args.batch_size,
+            processes=args.processes,
+            device=devices,
+            engine=args.engine,
+            ray_address=args.ray_address,
+            shard_index=args.shard_index,
+            shard_count=args.shard_count,
+            max_bad=args.max_bad,
+            retry_failed=args.retry_failed,
+            **planning_options(args),
+        )
     if args.json:
         print(json.dumps(summary.to_dict()))
         return 0

@@ -167,8 +167,9 @@ def encode_dataset(
     started = time.monotonic()
     encoded_now = 0
     if work:
-        with _Progress(planned, own, work) as progress:
-            for report in chosen.run(job, work, progress.advance):
+        progress = _Progress(planned, own, work)
+        with progress, contextlib.closing(chosen.run(job, work, progress.advance)) as reports:
+            for report in reports:
                 encoded_now += report.inputs
                 _log_timing(planned.opened.store, report)
     return _finish(planned, own, max_bad, encoded_now, time.monotonic() - started)

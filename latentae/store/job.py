@@ -44,12 +44,12 @@ class Model:
     weights_sha256: str | None = None
 
     def open(self, device: str | torch.device | None = None) -> LatentCodec:
-        """A codec on ``device``, by default a GPU where there is one; a codec is taken as it is.
+        """A codec on ``device``, by default a GPU where there is one; where a codec was made, it is taken as it is.
 
         Raises:
             RequestError: it has other weights than when the store was begun.
         """
-        if isinstance(self.source, LatentCodec) and device is None:
+        if isinstance(self.source, LatentCodec) and device is None and self.weights_sha256 is None:
             return self.source
         source: Any = self.source.autoencoder if isinstance(self.source, LatentCodec) else self.source
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -150,6 +150,9 @@ class ShardWorker:
                     samples += batch
                     if publishing and publishing[0][0].done():
                         yield _report(*publishing.popleft())
+                if not work.items:  # done already, as by a worker that was lost before it could say so
+                    marker = committed_marker(self.job.store, work.shard, self.job.fingerprint)
+                    advance(work.shard.inputs, marker["bad"] if marker else 0)
                 drawn.finished()
                 while publishing:
                     yield _report(*publishing.popleft())

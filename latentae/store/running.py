@@ -1,6 +1,6 @@
 """Who encodes the shards: this process, several on this machine, or a Ray cluster; they write the same files."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ class Engine:
     def in_process(self) -> bool:
         return self.kind == "local" and self.processes == 1
 
-    def run(self, job: Job, shards: Sequence[int], advance: Advance) -> Iterator[Report]:
+    def run(self, job: Job, shards: Sequence[int], advance: Advance) -> Generator[Report, None, None]:
         """Encode shards; a report of each as soon as it is done, in any order."""
         if self.in_process:
             yield from ShardWorker(job, self.devices[0]).run(shards, advance)

@@ -140,3 +140,72 @@ def test_a_sampling_decoder_by_its_steps_and_seed(seven, tmp_path):
     assert np.array_equal(a, b)
     assert np.abs(a - c).mean() > 1
     assert np.abs(a - d).max() <= 1  # the batch is another
+
+
+def test_a_dry_run_tells_disk_and_time_and_writes_nothing(encode, seven, tmp_path, capsys):
+    assert encode("--dry-run", "--shard-size", "3") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "7 images in 3 shards; nothing was written"
+    assert lines[1].startswith("disk: about ")
+    assert lines[2].startswith("time: about ")
+    assert not (tmp_path / "store").exists()
+    assert main(["plan", str(seven[0]), str(tmp_path / "store"), *MODEL, "--size", "32", "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["inputs"] == 7
+    assert not (tmp_path / "store").exists()
+
+
+def test_plan_then_jobs_then_more_inputs(encode, seven, tmp_path, capsys):
+    plan = ["plan", str(seven[0]), str(tmp_path / "store"), *MODEL, "--size", "32", "--shard-size", "3"]
+    assert main(plan) == 0
+    assert capsys.readouterr().out == f"{tmp_path}/store: 7 inputs in 3 shards\n"
+    assert encode("--shard-size", "3", "--shard-index", "1", "--shard-count", "2") == 0
+    assert "3 of 7 images in 3 shards (3 now" in (out := capsys.readouterr().out)
+    assert "2 shards are left to other jobs" in out
+    assert encode("--shard-size", "3", "--shard-index", "0", "--shard-count", "2") == 0
+    assert "7 of 7 images" in capsys.readouterr().out
+    Image.new("RGB", (40, 40)).save(seven[0] / "dogs/new.png")
+    assert main(plan) == 2
+    assert "1 input not in the plan: dogs/new.png" in (error := capsys.readouterr().err)
+    assert "--extend" in error
+    assert main([*plan, "--extend", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["new"] == 1
+    assert encode("--shard-size", "3") == 0
+    assert "8 of 8 images in 4 shards (1 now" in capsys.readouterr().out
+
+
+def test_verify_tells_damage_by_its_exit_code(encode, seven, tmp_path, capsys):
+    assert encode() == 0
+    assert main(["verify", str(tmp_path / "store"), "--inputs"]) == 0
+    assert "1 shards and 7 inputs read, 0 problems" in capsys.readouterr().out
+    Image.new("RGB", (32, 32)).save(seven[0] / "dogs/a.png")
+    assert main(["verify", str(tmp_path / "store")]) == 0
+    assert main(["verify", str(tmp_path / "store"), "--inputs", "--json"]) == 3
+    captured = capsys.readouterr()
+    assert len(json.loads(captured.out.splitlines()[-1])["problems"]) == 1
+    assert "dogs/a.png has changed since it was encoded" in captured.err
+    path = tmp_path / "store/shards/00000.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 4
+    path.write_bytes(content)
+    assert main(["verify", str(tmp_path / "store")]) == 3
+    assert "00000.safetensors is not what was written: delete" in capsys.readouterr().err
+
+
+def test_crops_sizes_and_columns_by_their_options(encode, tmp_path, capsys):
+    assert encode("--size", "16,32", "--crop", "buckets", "--flip", "--columns", "none") == 0
+    described = json.loads((tmp_path / "store/store.json").read_text())["preprocess"]
+    assert described["size"] == [16, 32]
+    assert described["crop"].startswith("bicubic to cover the bucket")
+    assert described["flip"] is True
+    assert encode("--size", "16,big") == 2
+    assert "error: --size 16,big: expected a number of pixels, several, or 'native'." in capsys.readouterr().err
+    assert encode("--columns", "caption") == 2
+    assert "caption" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_writes(encode, seven, tmp_path, tree):
+    assert encode("--shard-size", "2", "--processes", "2", "--batch-size", "2") == 0
+    command = ["encode", str(seven[0]), str(tmp_path / "one"), *MODEL, "--size", "32", "--shard-size", "2"]
+    assert main([*command, "--batch-size", "2"]) == 0
+    assert tree(tmp_path / "store") == tree(tmp_path / "one")

@@ -177,8 +177,8 @@ class Driver:
 
     def _take(self, worker: Worker, report: Report) -> None:
         worker.held.remove(report.shard)
-        worker.inputs -= report.inputs
-        worker.bad -= report.bad if report.inputs else 0  # else another process has encoded it
+        worker.inputs -= report.inputs or report.encoded + report.bad  # the latter, if another process encoded it
+        worker.bad -= report.bad
         self.unfinished.discard(report.shard)
         self.deaths_in_a_row = 0
 

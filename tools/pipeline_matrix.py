@@ -33,7 +33,8 @@ Written by `tools/pipeline_matrix.py` with {versions}; the same cells are tests 
 fixes the picture, sizes are right (square and not, where the caller chooses one), and the saved pipeline, opened again,
 gives the same picture. **Latent-compatible** is another thing, which no table of code can show: a model that shares
 another's latent space, so that a *trained* denoiser keeps working. Published weights are, and fine-tunes of their
-decoder alone. A new latent space under a trained denoiser gives noise; the denoisers here are small, their weights random.
+decoder alone. A new latent space under a trained denoiser gives noise; the denoisers here are small and of random
+weights.
 
 `AutoencoderKL` and `AutoencoderDC` are folders of diffusers' own classes as `latentae.load` opens them: the latter as
 `DCAE`, which runs where stock `AutoencoderDC` does not.

@@ -10,6 +10,7 @@ import re
 import sys
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,7 +79,8 @@ class Autoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[mi
 
     Exact tiling asks of both halves the methods ``local`` (finite receptive field, zero padding) and ``deep`` (the
     rest), ``local_ratio`` (the scale between pixels and the features between them) and ``local_halo`` (the receptive
-    radius of ``local`` in pixels, a multiple of ``local_ratio``). Families without them, whose norms or attention see
+    radius of ``local`` in pixels, a multiple of ``local_ratio``), and runs either by ``forward(x, part)``, so that the
+    hooks of offloading see them. Families without them, whose norms or attention see
     the whole image at every depth, get overlapping tiles that are blended.
 
     A deterministic family may set ``self.quantize``, a quantiser of `latentae.nn.quantize`: ``encode`` still gives
@@ -86,7 +88,7 @@ class Autoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[mi
     """
 
     _supports_gradient_checkpointing = True
-    _group_offload_block_modules = ["encoder", "decoder"]
+    _group_offload_block_modules = ["encoder", "quantize", "decoder"]
 
     encoder: Any
     decoder: Any
@@ -447,8 +449,9 @@ class Autoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[mi
             ratio = self.spatial_compression_ratio
             return blend_tiles(self._encode_whole, x, self._tile(ratio), self._stride(ratio), down=ratio)
         ratio = self.encoder.local_ratio
-        features = run_in_tiles(self.encoder.local, x, self._tile(ratio), self.encoder.local_halo, down=ratio)
-        return self.encoder.deep(features)
+        local = partial(self.encoder, part="local")
+        features = run_in_tiles(local, x, self._tile(ratio), self.encoder.local_halo, down=ratio)
+        return self.encoder(features, part="deep")
 
     def _decode(self, z: Tensor) -> Tensor:
         scale = self.spatial_compression_ratio
@@ -458,9 +461,10 @@ class Autoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[mi
             return self._decode_blended(self._decode_whole, z)
         ratio = self.decoder.local_ratio
         height, width = self._tile(ratio)
-        features = self.decoder.deep(z)
+        features = self.decoder(z, part="deep")
         tile = (height // ratio, width // ratio)
-        return run_in_tiles(self.decoder.local, features, tile, self.decoder.local_halo // ratio, up=ratio)
+        local = partial(self.decoder, part="local")
+        return run_in_tiles(local, features, tile, self.decoder.local_halo // ratio, up=ratio)
 
     def _decode_blended(self, decode_whole: Any, z: Tensor) -> Tensor:
         scale = self.spatial_compression_ratio
@@ -479,7 +483,7 @@ def _release(version: str) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", version)[:3]]
 
 
-def _unknown_keys(cls: type, unknown: list[str], written_by: str | None) -> str:
+def _unknown_keys(cls: type[Autoencoder], unknown: list[str], written_by: str | None) -> str:
     """Why a configuration with these keys is refused."""
     names = ", ".join(unknown)
     if _release(str(written_by)) > _release(__version__):
@@ -487,7 +491,7 @@ def _unknown_keys(cls: type, unknown: list[str], written_by: str | None) -> str:
             f"This {cls.__name__} was written by latentae {written_by}, and this is {__version__}, which does not know "
             f"its {names}: upgrade with 'pip install --upgrade latentae'."
         )
-    near = get_close_matches(unknown[0], inspect.signature(cls.__init__).parameters, n=1)
+    near = get_close_matches(unknown[0], cls._init_arguments(), n=1)
     hint = f"did you mean {near[0]}?" if near else "remove what is not an argument of the class."
     return f"The configuration has keys that {cls.__name__} does not know, {names}: {hint}"
 

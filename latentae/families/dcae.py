@@ -253,19 +253,26 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-class Half(nn.Module):
-    """What encoder and decoder share: stages run block by block, with gradient checkpointing on request."""
+class Stage(nn.Sequential):
+    """Blocks of one resolution, whose activations may be computed anew in the backward pass."""
 
     gradient_checkpointing = False
     _gradient_checkpointing_func: Any = None
 
-    def run(self, stage: Any, x: Tensor) -> Tensor:
-        for block in stage:
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = self._gradient_checkpointing_func(block, x)
             else:
                 x = block(x)
         return x
+
+
+class Half(nn.Module):
+    """What encoder and decoder share: a part of either is called through ``forward`` too, where hooks sit."""
+
+    def forward(self, x: Tensor, part: str = "whole") -> Tensor:
+        return getattr(self, part)(x)
 
 
 class Encoder(Half):
@@ -294,7 +301,7 @@ class Encoder(Half):
             stage = make_blocks(block_types[i], depth, width, head_dim, qkv_multiscales[i], "rms_norm", "silu")
             if i < len(widths) - 1 and depth > 0:
                 stage.append(DownBlock(width, widths[i + 1], unshuffle))
-            self.down_blocks.append(nn.Sequential(*stage))
+            self.down_blocks.append(Stage(*stage))
         self.conv_out = nn.Conv2d(widths[-1], latent_channels, 3, padding=1)
         self.latent_channels = latent_channels
         self.out_shortcut = out_shortcut
@@ -308,18 +315,18 @@ class Encoder(Half):
     def local(self, x: Tensor) -> Tensor:
         x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
         for stage in self.down_blocks[: self.local_stages]:
-            x = self.run(stage, x)
+            x = stage(x)
         return x
 
     def deep(self, x: Tensor) -> Tensor:
         for stage in self.down_blocks[self.local_stages :]:
-            x = self.run(stage, x)
+            x = stage(x)
         y = self.conv_out(x)
         if self.out_shortcut:
             y = y + average_groups(x, self.latent_channels)
         return y.contiguous()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def whole(self, x: Tensor) -> Tensor:
         return self.deep(self.local(x))
 
 
@@ -351,7 +358,7 @@ class Decoder(Half):
             stage = make_blocks(block_types[i], depth, width, head_dim, qkv_multiscales[i], norms[i], acts[i])
             if i < len(widths) - 1 and depth > 0:
                 stage.insert(0, UpBlock(widths[i + 1], width, interpolate))
-            self.up_blocks.append(nn.Sequential(*stage))
+            self.up_blocks.append(Stage(*stage))
         width = widths[0] if depths[0] > 0 else widths[1]
         self.norm_out = RMSNorm2d(width)
         self.out_act = ACTIVATIONS[out_act]
@@ -372,15 +379,15 @@ class Decoder(Half):
         if self.in_shortcut:
             x = x + z.repeat_interleave(self.in_repeats, dim=1)
         for stage in reversed(self.up_blocks[self.local_stages :]):
-            x = self.run(stage, x)
+            x = stage(x)
         return x
 
     def local(self, x: Tensor) -> Tensor:
         for stage in reversed(self.up_blocks[: self.local_stages]):
-            x = self.run(stage, x)
+            x = stage(x)
         return self.conv_out(self.out_act(self.norm_out(x))).contiguous()
 
-    def forward(self, z: Tensor) -> Tensor:
+    def whole(self, z: Tensor) -> Tensor:
         return self.local(self.deep(z))
 
 

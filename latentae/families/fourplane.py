@@ -199,8 +199,14 @@ class Encoder(Half):
             x = self._run(block, x)
         return F.silu(self.conv_norm_out(x))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.trunk(x)
+    def forward(self, x: Tensor, head: str | None = None) -> Tensor:
+        """Pixels to features; or features, pooled to the plane ``head`` or the ``volume``, to its moments.
+
+        Both are here, as the hooks of offloading see nothing else.
+        """
+        if head is None:
+            return self.trunk(x)
+        return self.conv_out(x) if head == "volume" and self.conv_out is not None else self.heads[head](x)
 
 
 class Decoder(Half):
@@ -239,9 +245,9 @@ class Decoder(Half):
         convolution of its own, before it is spread: the same at a fraction of the cost.
         """
         parts = [layout.spread(name, self.embeds[name](plane)) for name, plane in planes.items()]
-        return self._place(torch.stack(parts).sum(0) if len(parts) > 1 else parts[0])
+        return self.place(torch.stack(parts).sum(0) if len(parts) > 1 else parts[0])
 
-    def _place(self, x: Tensor) -> Tensor:
+    def place(self, x: Tensor) -> Tensor:
         """Features that also know where in the clip they are."""
         place = torch.linspace(0, 1, x.shape[2], device=x.device) if x.shape[2] > 1 else x.new_zeros(1)
         angles = torch.pi * place.float()[:, None] * 2.0 ** torch.arange(TIME_FEATURES // 2, device=x.device)
@@ -255,8 +261,11 @@ class Decoder(Half):
             x = self._run(block, x)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.trunk(x)
+    def forward(self, x: Any, layout: PlaneLayout | None = None, enter: bool = False) -> Tensor:
+        """Features to pixels; or with ``enter`` planes of a layout, or a volume, to features."""
+        if not enter:
+            return self.trunk(x)
+        return self.fuse(x, layout) if layout is not None else self.place(self.conv_in(x))  # type: ignore[misc]
 
 
 class PlaneGaussian:
@@ -556,7 +565,7 @@ class FourPlane(Autoencoder):
         """One window of pixels to moments: of tokens (B, N, 2C), or of a volume (B, 2C, T', h, w)."""
         features = self._features(x)
         if self.encoder.conv_out is not None:
-            return self.encoder.conv_out(features)
+            return self.encoder(features, head="volume")
         config, layout = self._internal_dict, self.layout(tuple(x.shape))
         if layout.t == 1:
             pooled = {"xy1": features[:, :, 0]}
@@ -568,7 +577,7 @@ class FourPlane(Autoencoder):
                 ends = list(torch.einsum("bcthw,kt->kbchw", features, weights.to(features)))
             pooled = {f"xy{k + 1}": plane for k, plane in enumerate(ends[: layout.planes])}
             pooled |= {"xt": features.mean(3), "yt": features.mean(4)}
-        planes = {name: self.encoder.heads[name](plane) for name, plane in pooled.items()}
+        planes = {name: self.encoder(plane, head=name) for name, plane in pooled.items()}
         return layout.join(planes)
 
     def _features(self, x: Tensor) -> Tensor:
@@ -580,13 +589,13 @@ class FourPlane(Autoencoder):
     def _decode(self, z: Tensor) -> Tensor:
         """One window of latents to pixels."""
         if self.decoder.conv_in is not None:
-            features = self.decoder._place(self.decoder.conv_in(z))
+            features = self.decoder(z, enter=True)
         else:
             config = self._internal_dict
             t, h, w = z.shape[2:]
             layout = PlaneLayout(t, h, w, config["spatial_planes"], config["plane_channels"])
             tokens = layout.unpack(widen(z), "volume").to(z.dtype)
-            features = self.decoder.fuse(layout.split(tokens), layout)
+            features = self.decoder(layout.split(tokens), layout, enter=True)
         scale = self.spatial_compression_ratio
         if not self._exceeds_tile(z.shape[-2] * scale, z.shape[-1] * scale):
             return self.decoder(features)
@@ -604,7 +613,7 @@ class FourPlane(Autoencoder):
             Means of the plane, (B, C, h, w); of xy1 `FourPlane.encode` of an image gives the same.
         """
         features = self._features(frames.unsqueeze(2))[:, :, 0]
-        return self.encoder.heads[plane](features).chunk(2, dim=1)[0]
+        return self.encoder(features, head=plane).chunk(2, dim=1)[0]
 
 
 FourPlane.__module__ = "latentae"

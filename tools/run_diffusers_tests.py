@@ -131,7 +131,7 @@ FOOTER = """
 - None of ours has `_keep_in_fp32_modules`: what must be float32 is so in the layer.
 - Everything that asks for an accelerator skips on a CPU. What a CPU can run of it are tests of ours over every family
   (`tests/families/test_memory_helpers.py`, `test_contract.py`): offloading by model, leaf and block, and to disk,
-  eight-bit storage, half precision, `channels_last`, whole graphs. Streams and figures of a device's memory are untested.
+  eight-bit storage, half precision, `channels_last`, whole graphs. Streams and a device's memory are untested.
 - DC-AE and SWYCC have no `norm_num_groups`.
 """
 

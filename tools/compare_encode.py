@@ -7,7 +7,8 @@ model      where the model is the bound: ``encode_dataset`` of images of 256 px 
 loading    where loading is the bound: JPEGs of 12 megapixels into a small network, against a DataLoader with as many
            worker processes as ours has threads, ADM's crop in them, and latents written by safetensors every 10,000.
 memory     the resident set while 100,000 small images are encoded: at a tenth of them and at the end.
-processes  one and two processes of one thread each, on two cores: inputs per second once both are at work.
+processes  two processes on two cores against one on one, each with one thread for the model: inputs per second once
+           all are at work.
 
 Runs alternate; figures are medians. What is encoded is made on the spot: dead leaves, random weights.
 """
@@ -20,7 +21,6 @@ import statistics
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -206,21 +206,15 @@ def compare_processes(folder: Path, runs: int) -> dict[str, Any]:
     latentae.create("dc-ae-f8c16-small").save_pretrained(model)
     cores = sorted(os.sched_getaffinity(0))[:2]
 
-    def rate(processes: int) -> Callable[[], float]:
-        def run() -> float:
-            return _steady_rate(source, folder, str(model), processes, batch)
-
-        return run
-
     before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cores)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         rates: dict[int, list[float]] = {1: [], 2: []}
         for _ in range(runs):
             for processes in rates:
-                rates[processes].append(rate(processes)())
+                os.sched_setaffinity(0, cores[:processes])
+                rates[processes].append(_steady_rate(source, folder, str(model), processes, batch))
     finally:
         os.sched_setaffinity(0, before)
         torch.set_num_threads(threads)

@@ -74,7 +74,9 @@ def add_planning_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="float32", help="of the stored latents: float32, float16 or bfloat16")
     parser.add_argument("--seed", type=int, default=0, help="of --kind sample")
     parser.add_argument("--shard-size", type=int, default=1000, metavar="N", help="images per shard (default 1000)")
-    parser.add_argument("--workers", type=int, default=2, metavar="N", help="threads that read and decode (default 2)")
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="threads that read and decode (default: on a GPU all CPUs, else 2)"
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="plan only the first N images; part of the plan")
     parser.add_argument("--columns", metavar="A,B", help="of a table that go into the rows; 'none' (default: all)")
     parser.add_argument("--extend", action="store_true", help="add inputs that are not in the plan as new shards")
@@ -187,7 +189,13 @@ def run(args: argparse.Namespace) -> int:
         from latentae.cli.plan import dry_run
         from latentae.store.planning import Request
 
-        request = Request(args.src, args.dst, args.model, device=devices and devices[0], **planning_options(args))
+        request = Request(
+            args.src,
+            args.dst,
+            args.model,
+            device=devices and devices[0],
+            **{**planning_options(args), "workers": args.workers or 2},
+        )
         processes = args.processes or len(devices or [""])
         return dry_run(request, args.batch_size, as_json=args.json, processes=processes * args.shard_count)
     with contextlib.redirect_stdout(sys.stderr):  # where Ray tells of nodes that it has lost

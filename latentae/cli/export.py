@@ -20,6 +20,11 @@ scale).
   latentae export runs/my-run exported/ --data photos/
   latentae export runs/my-diffusion pipeline/
 
+--push-to-hub USER/NAME then sends DIR to the Hugging Face hub in one commit, and makes the repository, with --private a
+private one; the token is that of HF_TOKEN or of 'hf auth login', the address that of HF_ENDPOINT.
+
+  latentae export runs/my-run exported/ --data photos/ --push-to-hub me/my-vae --private
+
 A store of latents, as encode writes it, needs --format; the loader of that project then opens DIR unmodified:
 
   lightningdit   shards of draws, unscaled, and of mirrored images (encode --flip); latents_stats.pt
@@ -65,18 +70,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="where to measure, such as cuda (default: the CPU)")
     parser.add_argument("--overwrite", action="store_true", help="replace a model that is already in DIR")
     parser.add_argument("--random-weights", action="store_true", help="allow a preset without published weights here")
+    parser.add_argument("--push-to-hub", metavar="REPO", help="send DIR to this repository of the Hugging Face hub")
+    parser.add_argument("--private", action="store_true", help="the repository, if it is made, is not public")
 
 
 def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
-    import diffusers
-
-    from latentae.console import say
     from latentae.errors import RequestError
-    from latentae.loading import export, load_model
     from latentae.loading.diffusion import is_diffusion_run
-    from latentae.nn.padding import padding_mode
+    from latentae.loading.hub import check_upload, push_folder
 
     folder = Path(args.folder)
     if (Path(args.model) / "store.json").is_file():
@@ -86,8 +89,28 @@ def run(args: argparse.Namespace) -> int:
         raise RequestError(f"{given[0]} is for a store of latents; {args.model} is none: it has no store.json.")
     if folder.is_dir() and any(folder.iterdir()) and not args.overwrite:
         raise RequestError(f"{folder} is not empty: choose another folder, or replace what is there with --overwrite.")
+    if args.private and args.push_to_hub is None:
+        raise RequestError("--private is for a repository of the hub: name it by --push-to-hub USER/NAME.")
+    if args.push_to_hub is not None:
+        check_upload(args.push_to_hub)
     if is_diffusion_run(args.model):
-        return _export_diffusion(args)
+        _export_diffusion(args)
+    else:
+        _export_autoencoder(args)
+    if args.push_to_hub is not None:
+        print(f"{args.folder}: sent to {push_folder(folder, args.push_to_hub, private=args.private)}")
+    return 0
+
+
+def _export_autoencoder(args: argparse.Namespace) -> None:
+    import diffusers
+
+    from latentae.console import say
+    from latentae.errors import RequestError
+    from latentae.loading import export, load_model
+    from latentae.nn.padding import padding_mode
+
+    folder = args.folder
     if args.pipeline or args.vae:
         raise RequestError(f"--pipeline and --vae are for a run that trained a denoiser; {args.model} is none.")
     model = load_model(args.model, random_weights=args.random_weights)
@@ -100,14 +123,13 @@ def run(args: argparse.Namespace) -> int:
         )
     name = export(model, folder, with_code=args.with_code)
     if padding_mode(model) != "zeros":
-        print(f"{folder}: latentae.load({str(folder)!r}) opens it; stock diffusers cannot know its reflect padding")
+        print(f"{folder}: latentae.load({folder!r}) opens it; stock diffusers cannot know its reflect padding")
     elif hasattr(diffusers, name):
-        print(f"{folder}: diffusers.{name}.from_pretrained({str(folder)!r}) opens it")
+        print(f"{folder}: diffusers.{name}.from_pretrained({folder!r}) opens it")
     elif args.with_code:
-        print(f"{folder}: diffusers.AutoModel.from_pretrained({str(folder)!r}, trust_remote_code=True) opens it")
+        print(f"{folder}: diffusers.AutoModel.from_pretrained({folder!r}, trust_remote_code=True) opens it")
     else:
-        print(f"{folder}: latentae.load({str(folder)!r}) opens it; --with-code adds what diffusers alone would need")
-    return 0
+        print(f"{folder}: latentae.load({folder!r}) opens it; --with-code adds what diffusers alone would need")
 
 
 def _export_store(args: argparse.Namespace) -> int:
@@ -115,7 +137,7 @@ def _export_store(args: argparse.Namespace) -> int:
     from latentae.errors import RequestError
     from latentae.store.formats import export_store
 
-    for_models = ("pipeline", "vae", "with_code", "data", "overwrite", "random_weights")
+    for_models = ("pipeline", "vae", "with_code", "data", "overwrite", "random_weights", "push_to_hub", "private")
     if given := [name for name in for_models if getattr(args, name)]:
         raise RequestError(f"--{given[0].replace('_', '-')} is for models; {args.model} is a store of latents.")
     if args.format is None:
@@ -129,7 +151,7 @@ def _export_store(args: argparse.Namespace) -> int:
     return 0
 
 
-def _export_diffusion(args: argparse.Namespace) -> int:
+def _export_diffusion(args: argparse.Namespace) -> None:
     from latentae.console import say
     from latentae.errors import MissingWeights, RequestError
     from latentae.loading import load_model, weights_hash
@@ -161,7 +183,6 @@ def _export_diffusion(args: argparse.Namespace) -> int:
         print(f"{args.folder}: {before}diffusers.DiTPipeline.from_pretrained({args.folder!r}) opens it")
     else:
         print(f"{args.folder}: latentae.{name}.from_pretrained({args.folder!r}) opens it")
-    return 0
 
 
 def _measure(model: Any, args: argparse.Namespace) -> dict[str, Any]:

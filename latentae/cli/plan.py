@@ -29,7 +29,14 @@ def run(args: argparse.Namespace) -> int:
     from latentae.store.planning import Request, open_request, plan_store
 
     device = args.device.split(",")[0] if args.device else None
-    request = Request(args.src, args.dst, args.model, device=device, policy=DecodePolicy(), **planning_options(args))
+    request = Request(
+        args.src,
+        args.dst,
+        args.model,
+        device=device,
+        policy=DecodePolicy(),
+        **{**planning_options(args), "workers": args.workers or 2},
+    )
     if args.dry_run:
         return dry_run(request, args.batch_size, as_json=args.json)
     planned = plan_store(open_request(request))

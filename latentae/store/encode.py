@@ -83,7 +83,7 @@ def encode_dataset(
     max_bad: float = 0.01,
     limit: int | None = None,
     columns: Sequence[str] | None = None,
-    workers: int = 2,
+    workers: int | None = None,
     processes: int | None = None,
     device: str | torch.device | Sequence[str] | None = None,
     engine: str = "local",
@@ -120,7 +120,8 @@ def encode_dataset(
         max_bad: how many inputs may be bad, as a share of all (float) or as a number (int).
         limit: plan only the first ``limit`` inputs, in the order of their keys.
         columns: of a manifest or table, and captions of tars, that go into the rows; None for all.
-        workers: threads of each process that read and decode.
+        workers: threads of each process that read and decode; by default its share of the CPUs where a GPU encodes, and
+            2 where they encode themselves.
         processes: that encode; by default one for each device. With ``engine="ray"`` as many actors.
         device: or several; by default all GPUs, or the CPU.
         engine: ``local``, or ``ray`` for a cluster whose nodes share the folder of the store (``ray_address``, by
@@ -142,7 +143,7 @@ def encode_dataset(
         DataError: more inputs than ``max_bad`` are bad. All others are encoded by then.
         ResumableError: out of memory, or lost workers. (A full disk raises OSError; the next run goes on in each case.)
     """
-    check_counts(batch_size=batch_size, processes=processes, shard_count=shard_count)
+    check_counts(batch_size=batch_size, workers=workers, processes=processes, shard_count=shard_count)
     check_max_bad(max_bad)
     if not 0 <= shard_index < shard_count:
         raise RequestError(f"shard_index={shard_index}; expected 0 to {shard_count - 1}, of shard_count={shard_count}.")
@@ -150,7 +151,8 @@ def encode_dataset(
     request = Request(
         src, dst, model, size=size, crop=crop, flip=flip, shard_size=shard_size, kind=kind, dtype=dtype, seed=seed,
         limit=limit, columns=columns, frames=frames, fps=fps, stride=stride, policy=policy or DecodePolicy(),
-        extend=extend, as_planned=as_planned or shard_count > 1, workers=workers,
+        extend=extend, as_planned=as_planned or shard_count > 1,
+        workers=workers or chosen.loading_threads,
         device=chosen.devices[0] if chosen.in_process else "cpu", autocast=autocast, random_weights=random_weights,
     )  # fmt: skip
     planned = plan_store(open_request(request))

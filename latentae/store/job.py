@@ -110,6 +110,7 @@ class _Work:
     shard: Shard
     items: tuple[Item, ...]
     all_items: tuple[Item, ...]
+    marker: dict[str, Any] | None = None  # of the shard as it is
 
 
 class ShardWorker:
@@ -150,14 +151,13 @@ class ShardWorker:
                     samples += batch
                     if publishing and publishing[0][0].done():
                         yield _report(*publishing.popleft())
-                if not work.items:  # done already, as by a worker that was lost before it could say so
-                    marker = committed_marker(self.job.store, work.shard, self.job.fingerprint)
-                    advance(work.shard.inputs, marker["bad"] if marker else 0)
+                if work.marker and not work.items:  # done already, as by a worker that was lost before it could say so
+                    advance(work.shard.inputs, work.marker["bad"])
                 drawn.finished()
                 while publishing:
                     yield _report(*publishing.popleft())
                 any_good = any(sample.latents is not None for sample in samples)
-                batch_size = self._batch_size(work.shard) if any_good else None
+                batch_size = self._encoder.runner.batch_size if self._encoder and any_good else None
                 future = publisher.submit(self._publish, work, samples, batch_size)
                 publishing.append((future, started, work))
             while publishing:
@@ -170,9 +170,9 @@ class ShardWorker:
         if marker is None:
             return _Work(shard, items, items)
         if not self.job.retry_failed or not marker["bad"]:
-            return _Work(shard, (), items)
+            return _Work(shard, (), items, marker)
         statuses = read_rows(self.job.store, shard, ["status"])["status"]
-        return _Work(shard, tuple(item for item, status in zip(items, statuses) if status == "bad"), items)
+        return _Work(shard, tuple(item for item, status in zip(items, statuses) if status == "bad"), items, marker)
 
     def _batches(self, work: _Work, samples: Iterator[Sample]) -> Iterator[list[Sample]]:
         """Samples in their order, with as many good ones in each batch as the model takes."""
@@ -202,13 +202,15 @@ class ShardWorker:
 
     def _publish(self, work: _Work, samples: list[Sample], batch_size: int | None) -> dict[str, Any]:
         job, tensor = self.job, self.job.options.tensor
-        if not work.items:  # another process was quicker
-            marker = committed_marker(job.store, work.shard, job.fingerprint)
-            if marker is not None:
-                return marker
-        if len(work.items) < len(work.all_items):  # a retry: the others come from the shard as it is
+        if work.marker is not None and not work.items:
+            return work.marker
+        if work.marker is None and (marker := committed_marker(job.store, work.shard, job.fingerprint)):
+            return marker  # another process was quicker, perhaps a machine that gives other bytes
+        if work.marker is not None:  # a retry: the others come from the shard as it is
+            batch_size = batch_size or work.marker["batch_size"]
             new = {sample.item.key: sample for sample in samples}
-            samples = [new.get(s.item.key, s) for s in read_samples(job.store, work.shard, work.all_items, tensor)]
+            kept = read_samples(job.store, work.shard, work.marker, work.all_items, tensor)
+            samples = [new.get(sample.item.key, sample) for sample in kept]
         return publish(
             job.store,
             work.shard,

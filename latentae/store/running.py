@@ -8,9 +8,14 @@ import torch
 
 from latentae.codec import LatentCodec, check_device
 from latentae.errors import RequestError
+from latentae.store.engines.local import available_cpus, run_local
+from latentae.store.engines.ray import run_ray
 from latentae.store.job import Advance, Job, Report, ShardWorker
 
 ENGINES = ("local", "ray")
+CPU_LOADING_THREADS = 2  # more would take the CPUs from the model
+RAY_LOADING_THREADS = 4
+MOST_LOADING_THREADS = 16
 
 
 @dataclass(frozen=True)
@@ -26,17 +31,22 @@ class Engine:
     def in_process(self) -> bool:
         return self.kind == "local" and self.processes == 1
 
+    @property
+    def loading_threads(self) -> int:
+        """How many threads of each process read and decode, if nobody says."""
+        if self.kind == "ray":
+            return RAY_LOADING_THREADS  # of nodes that are not known here
+        if not (self.devices[0] or "").startswith("cuda"):
+            return CPU_LOADING_THREADS
+        return min(max(CPU_LOADING_THREADS, available_cpus() // (self.processes or 1)), MOST_LOADING_THREADS)
+
     def run(self, job: Job, shards: Sequence[int], advance: Advance) -> Generator[Report, None, None]:
         """Encode shards; a report of each as soon as it is done, in any order."""
         if self.in_process:
             yield from ShardWorker(job, self.devices[0]).run(shards, advance)
         elif self.kind == "local":
-            from latentae.store.engines.local import run_local
-
             yield from run_local(job, shards, processes=self.processes or 1, devices=self.devices, advance=advance)
         else:
-            from latentae.store.engines.ray import run_ray
-
             yield from run_ray(job, shards, address=self.address, processes=self.processes, advance=advance)
 
 

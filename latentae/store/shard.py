@@ -12,6 +12,7 @@ model and the batch size, so publishing a shard twice, even from two processes a
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -236,11 +237,20 @@ def read_rows(store: Path, shard: Shard, columns: list[str] | None = None) -> di
     return read_table(shard_files(store, shard)[1], columns)
 
 
-def read_samples(store: Path, shard: Shard, items: Iterable[Item], tensor: str) -> list[Sample]:
-    """A committed shard as `publish` got it, to be published again with some of its samples replaced."""
-    rows = read_rows(store, shard)
-    path = shard_files(store, shard)[0]
-    tensors = load_tensors(path) if path.exists() else {}
+def read_samples(
+    store: Path, shard: Shard, marker: Mapping[str, Any], items: Iterable[Item], tensor: str
+) -> list[Sample]:
+    """A committed shard as `publish` got it, to be published again with some of its samples replaced.
+
+    Raises:
+        DataError: its files are not those of ``marker``, and what is damaged must not get a new hash; or another
+            process is writing them, and rows of one version must not meet the latents of another.
+    """
+    data_path, rows_path, marker_path = shard_files(store, shard)
+    rows = read_table(BytesIO(_committed_bytes(rows_path, marker["rows"], marker_path)))
+    tensors = {}
+    if marker["data"] is not None:
+        tensors = safetensors.torch.load(_committed_bytes(data_path, marker["data"], marker_path))
     stored, flipped = tensors.get(tensor), tensors.get(f"{tensor}_flip")
     samples = []
     for item, row in zip(items, (dict(zip(rows, values)) for values in zip(*rows.values()))):
@@ -265,15 +275,11 @@ def read_samples(store: Path, shard: Shard, items: Iterable[Item], tensor: str) 
     return samples
 
 
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a data file.
-
-    Raises:
-        DataError: the file is absent or damaged.
-    """
-    try:
-        return safetensors.torch.load_file(path)
-    except (safetensors.SafetensorError, FileNotFoundError) as error:
+def _committed_bytes(path: Path, committed: Mapping[str, Any], marker_path: Path) -> bytes:
+    content = path.read_bytes() if path.exists() else b""
+    if _identity(content) != committed:
         raise DataError(
-            f"{path} cannot be read ({error}): delete {path.with_suffix('.json')} and encode again."
-        ) from error
+            f"{path} is not what was written, unless another process is at it: wait for that, or delete {marker_path}; "
+            "then run the same command again."
+        )
+    return content

@@ -31,7 +31,7 @@ def write_table(path: Path, types: Types, columns: dict[str, list[Any]]) -> None
         stream.write(content)
 
 
-def open_table(path: Path) -> pyarrow.parquet.ParquetFile:
+def open_table(path: Path | BytesIO) -> pyarrow.parquet.ParquetFile:
     """A parquet file to be read in parts; close it, or use it as a context manager.
 
     Raises:
@@ -43,7 +43,7 @@ def open_table(path: Path) -> pyarrow.parquet.ParquetFile:
         raise _damaged(path, error) from error
 
 
-def read_table(path: Path, columns: Sequence[str] | None = None) -> dict[str, list[Any]]:
+def read_table(path: Path | BytesIO, columns: Sequence[str] | None = None) -> dict[str, list[Any]]:
     """The columns of a table by name.
 
     Raises:
@@ -56,6 +56,6 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> dict[str, li
         raise _damaged(path, error) from error
 
 
-def _damaged(path: Path, error: Exception) -> DataError:
+def _damaged(path: Path | BytesIO, error: Exception) -> DataError:
     reason = "is missing" if isinstance(error, FileNotFoundError) else f"is not a whole parquet file ({error})"
     return DataError(f"{path} {reason}: restore it from a copy, or encode into a new folder.")

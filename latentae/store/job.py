@@ -17,7 +17,7 @@ from torch import nn
 from latentae.codec import LatentCodec
 from latentae.data.decode import DecodePolicy
 from latentae.data.sources import Item
-from latentae.errors import RequestError
+from latentae.errors import RequestError, ResumableError
 from latentae.loading import load_model, weights_hash
 from latentae.store.batch_size import find_batch_size
 from latentae.store.clips import ClipLoader
@@ -202,11 +202,12 @@ class ShardWorker:
 
     def _publish(self, work: _Work, samples: list[Sample], batch_size: int | None) -> dict[str, Any]:
         job, tensor = self.job, self.job.options.tensor
-        if work.marker is not None and not work.items:
-            return work.marker
-        if work.marker is None and (marker := committed_marker(job.store, work.shard, job.fingerprint)):
-            return marker  # another process was quicker, perhaps a machine that gives other bytes
+        now = committed_marker(job.store, work.shard, job.fingerprint)
+        if now is not None and (now != work.marker or not work.items):
+            return now  # another process was quicker, perhaps on a machine that gives other bytes
         if work.marker is not None:  # a retry: the others come from the shard as it is
+            if now is None:
+                raise ResumableError(f"Another process writes {work.shard.name} of {job.store}: run the command again.")
             batch_size = batch_size or work.marker["batch_size"]
             new = {sample.item.key: sample for sample in samples}
             kept = read_samples(job.store, work.shard, work.marker, work.all_items, tensor)

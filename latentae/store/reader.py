@@ -18,7 +18,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from latentae.errors import DataError, RequestError
+from latentae.errors import DataError, RequestError, ResumableError
 from latentae.files import sha256_file
 from latentae.store.configuration import read_configuration, store_fingerprint
 from latentae.store.plan import Plan, Shard
@@ -43,16 +43,19 @@ class Statistics:
 class _OpenShard:
     """A shard with its file mapped into memory."""
 
-    def __init__(self, store: Path, shard: Shard, tensor: str, carried: list[str]):
-        self.store, self.shard, self.carried = store, shard, carried
+    def __init__(self, store: Path, shard: Shard, marker: dict[str, Any], tensor: str, carried: list[str]):
+        self.store, self.shard, self.marker, self.carried = store, shard, marker, carried
         path = shard_files(store, shard)[0]
         try:
             file = safetensors.safe_open(path, framework="pt")
             self.latents = file.get_slice(tensor)
             self.flipped = file.get_slice(f"{tensor}_flip") if f"{tensor}_flip" in file.keys() else None  # noqa: SIM118
         except (safetensors.SafetensorError, FileNotFoundError) as error:
-            marker = path.with_suffix(".json")
-            raise DataError(f"{path} cannot be read ({error}): delete {marker} and encode again.") from error
+            raise DataError(
+                f"{path} cannot be read ({error}): delete {path.with_suffix('.json')} and encode again."
+            ) from error
+        if self.latents.get_shape()[0] != self.marker["encoded"]:
+            raise _written_again(path)
 
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
@@ -61,9 +64,16 @@ class _OpenShard:
         names = ["row", "key", "label", "height", "width", *of_clips, *self.carried]
         columns = read_rows(self.store, self.shard, names)
         places = columns.pop("row")  # counted from 0, None for inputs that have no latents
+        if sum(place is not None for place in places) != self.marker["encoded"]:
+            raise _written_again(shard_files(self.store, self.shard)[1])
+        columns |= {name: [None] * len(places) for name in self.carried if name not in columns}  # of an extension
         columns["label"] = [-1 if label is None else label for label in columns["label"]]
         every = (dict(zip(columns, values)) for values in zip(*columns.values()))
         return [row for row, place in zip(every, places) if place is not None]
+
+
+def _written_again(path: Path) -> ResumableError:
+    return ResumableError(f"{path} was written again while its store was open, by a retry: open the store again.")
 
 
 class LatentStore:
@@ -124,9 +134,12 @@ class LatentStore:
 
     def _column(self, name: str) -> list[Any]:
         values = []
-        for shard, _ in self._filled:
+        for shard, marker in self._filled:
             rows = read_rows(self.path, shard, [name, "status"])
-            values += [value for value, status in zip(rows[name], rows["status"]) if status == "ok"]
+            encoded = [value for value, status in zip(rows[name], rows["status"]) if status == "ok"]
+            if len(encoded) != marker["encoded"]:
+                raise _written_again(shard_files(self.path, shard)[1])
+            values += encoded
         return values
 
     @property
@@ -189,8 +202,7 @@ class LatentStore:
 
     def _shard(self, number: int) -> _OpenShard:
         if number not in self._open:
-            shard = self._filled[number][0]
-            self._open[number] = _OpenShard(self.path, shard, self._tensor, self._carried)
+            self._open[number] = _OpenShard(self.path, *self._filled[number], self._tensor, self._carried)
             if len(self._open) > OPEN_SHARDS:
                 self._open.popitem(last=False)
         self._open.move_to_end(number)

@@ -243,8 +243,8 @@ def read_samples(
     """A committed shard as `publish` got it, to be published again with some of its samples replaced.
 
     Raises:
-        DataError: its files are not those of ``marker``, and what is damaged must not get a new hash; or another
-            process is writing them, and rows of one version must not meet the latents of another.
+        DataError: its files are not those of ``marker``. What is damaged must not get a new hash, nor the rows of one
+            version the latents of another.
     """
     data_path, rows_path, marker_path = shard_files(store, shard)
     rows = read_table(BytesIO(_committed_bytes(rows_path, marker["rows"], marker_path)))
@@ -278,8 +278,5 @@ def read_samples(
 def _committed_bytes(path: Path, committed: Mapping[str, Any], marker_path: Path) -> bytes:
     content = path.read_bytes() if path.exists() else b""
     if _identity(content) != committed:
-        raise DataError(
-            f"{path} is not what was written, unless another process is at it: wait for that, or delete {marker_path}; "
-            "then run the same command again."
-        )
+        raise DataError(f"{path} is not what was written: delete {marker_path} and run the same command again.")
     return content

@@ -39,14 +39,26 @@ def run_local(
         ResumableError: shards are left, because the processes that encoded them died; all others are done.
         Exception: whatever a worker raises.
     """
-    processes = min(processes, len(shards))
     devices = devices or [None]
-    if processes <= 1:
-        yield from open_worker(job, devices[0]).run(shards, advance)
-        return
+    # of all that were asked for, also where fewer shards are left: other numbers of threads give other bits
     threads = max(1, min(torch.get_num_threads(), available_cpus() // processes))
+    processes = min(processes, len(shards))
+    if processes <= 1:
+        with _torch_threads(threads):
+            yield from open_worker(job, devices[0]).run(shards, advance)
+        return
     with closing(Processes(job, devices, threads, open_worker)) as team:
         yield from Driver(team, shards, advance).run(processes)
+
+
+@contextmanager
+def _torch_threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def available_cpus() -> int:

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from latentae.errors import DataError
+from latentae.errors import DataError, RequestError
 from latentae.store.batch_size import find_batch_size
-from latentae.store.plan import Plan, plan_difference
-from latentae.store.planning import Opened, draft_plan, job_of, list_inputs
-from latentae.store.resume import is_planned
-from latentae.store.shard import Sample
+from latentae.store.configuration import store_fingerprint
+from latentae.store.plan import Plan, Shard
+from latentae.store.planning import Opened, describe, draft_plan, job_of, list_inputs
+from latentae.store.resume import agree_on_store, is_planned, new_inputs, refuse_other_inputs
+from latentae.store.shard import Sample, committed_marker
 from latentae.store.worker import BatchEncoder
 
 TRIED = 48  # inputs that are encoded to measure
@@ -47,14 +48,14 @@ def estimate(opened: Opened, batch_size: int | None = None) -> Estimate:
 
     Raises:
         DataError: none of these can be encoded.
+        RequestError: nothing is left to encode.
     """
-    items = list_inputs(opened)
-    if is_planned(opened.store):
-        items = plan_difference(Plan.load(opened.store), items).new
-    plan = Plan([draft_plan(opened, items)])
+    plan, shards = _left(opened)
+    if not shards:
+        raise RequestError(f"Nothing is left to encode: {opened.store} has all of the inputs.")
     job = job_of(opened, plan, batch_size=batch_size)
     loader = job.loader(opened.codec)
-    shard = max(plan.shards, key=lambda shard: shard.inputs)
+    shard = max(shards, key=lambda shard: shard.inputs)
     members = plan.items(shard)
     chosen = [members[int(i)] for i in np.unique(np.linspace(0, len(members) - 1, TRIED).astype(int))]
 
@@ -70,13 +71,14 @@ def estimate(opened: Opened, batch_size: int | None = None) -> Estimate:
 
     latents = [tensor for sample in good for tensor in (sample.latents, sample.flipped) if tensor is not None]
     bytes_each = sum(tensor.nbytes for tensor in latents) / len(good)
-    scale = sum(s.inputs * np.prod(s.shape, dtype=float) for s in plan.shards) / np.prod(shard.shape, dtype=float)
+    inputs = sum(s.inputs for s in shards)
+    scale = sum(s.inputs * np.prod(s.shape, dtype=float) for s in shards) / np.prod(shard.shape, dtype=float)
     unit = "clips" if opened.clips else "images"
     return Estimate(
-        inputs=plan.inputs,
-        shards=len(plan.shards),
-        shapes=len({s.shape for s in plan.shards}),
-        bytes=int(bytes_each * scale + ROW_BYTES * plan.inputs),
+        inputs=inputs,
+        shards=len(shards),
+        shapes=len({s.shape for s in shards}),
+        bytes=int(bytes_each * scale + ROW_BYTES * inputs),
         free_bytes=free_bytes(opened.store),
         loading_rate=loading_rate,
         model_rate=model_rate,
@@ -84,6 +86,29 @@ def estimate(opened: Opened, batch_size: int | None = None) -> Estimate:
         batch_size=size,
         unit=unit,
     )
+
+
+def _left(opened: Opened) -> tuple[Plan, list[Shard]]:
+    """The plan of a request, and the shards that are not encoded yet."""
+    items = None if opened.source is None else list_inputs(opened)
+    if not is_planned(opened.store):
+        assert items is not None
+        plan = Plan([draft_plan(opened, items)])
+        return plan, list(plan.shards)
+    plan = Plan.load(opened.store)
+    extend = opened.request.extend
+    fingerprint = store_fingerprint(agree_on_store(opened.store, plan, describe(opened, plan), extend=extend))
+    left = [shard for shard in plan.shards if committed_marker(opened.store, shard, fingerprint) is None]
+    if items is None:
+        return plan, left
+    if not extend:
+        refuse_other_inputs(opened.store, plan, items)
+        return plan.relocated(items), left
+    added = new_inputs(opened.store, plan, items)
+    if not len(added):
+        return plan.relocated(items), left
+    draft = draft_plan(opened, added, extends=plan)
+    return Plan([*plan.relocated(items).parts, draft]), [*left, *draft.shards]
 
 
 def _model_rate(encoder: BatchEncoder, samples: Sequence[Sample], batch_size: int) -> float:

@@ -218,19 +218,26 @@ class Plan:
         return pyarrow.concat_tables([part.read(columns) for part in self.parts])
 
     def relocated(self, items: ItemTable) -> "Plan":
-        """The same shards, read from where ``items``, sorted and of the same keys, lie now."""
-        if self.read("uri").column(0).equals(items.table.column("uri")):
+        """The same shards, read from where those of ``items`` that are planned lie now."""
+        now = items.table
+        if all(self.read(name).column(0).equals(now.column(name)) for name in ("uri", "bytes")):
             return self  # which need not be held in memory
-        order = np.argsort(pc.sort_indices(self.read("key").column(0)).to_numpy(), kind="stable")
-        parts, start = list[PlanPart](), 0
-        for part in self.parts:
-            table = part.read(part.schema.names)
-            now = items.table.select(["uri", "bytes"]).take(order[start : start + table.num_rows])
-            for name in ("uri", "bytes"):
-                table = table.set_column(table.column_names.index(name), name, now.column(name))
-            parts.append(PlanPart(part.shards, part.after, table.combine_chunks()))
-            start += table.num_rows
-        return Plan(parts)
+        return Plan([self._relocated(part, now) for part in self.parts])
+
+    def _relocated(self, part: PlanPart, now: pyarrow.Table) -> PlanPart:
+        places = pc.index_in(part.read(["key"]).column(0), now.column("key"))
+        moved = {}
+        for name in ("uri", "bytes"):
+            before = part.read([name]).column(0)
+            after = pc.coalesce(now.column(name).take(places), before)
+            if not after.equals(before):
+                moved[name] = after
+        if not moved:
+            return part
+        table = part.read(part.schema.names)
+        for name, column in moved.items():
+            table = table.set_column(table.column_names.index(name), name, column)
+        return PlanPart(part.shards, part.after, table.combine_chunks())
 
 
 def part_path(store: Path, number: int) -> Path:
@@ -325,6 +332,48 @@ def plan_difference(planned: Plan, items: ItemTable) -> PlanDifference:
         before.filter(pc.invert(there)).column("key").to_pylist(),
         same.filter(changed).column("key").to_pylist(),
     )
+
+
+def column_difference(planned: Plan, items: ItemTable) -> list[str]:
+    """One line for each carried column that is not as it was planned; ``items`` are of the planned keys."""
+    before, now = planned.carried, items.carried
+    lines = [f"column {name}: in the plan, but gone" for name in before if name not in now]
+    lines += [f"column {name}: not in the plan" for name in now if name not in before]
+    if lines:
+        return lines
+    for name in now:
+        keys = list[str]()
+        for part in planned.parts:
+            if name in part.schema.names:
+                keys += _changed(part, name, items)
+        if keys:
+            lines.append(f"{_count(len(keys))} with another {name}: {_some(keys)}")
+    return lines
+
+
+def _changed(part: PlanPart, name: str, items: ItemTable) -> list[str]:
+    """The keys of inputs whose carried value is another one now."""
+    keys, now = part.read(["key"]).column(0), items.table.column(name)
+    if not keys.equals(items.keys):
+        now = now.take(pc.index_in(keys, items.keys))
+    before = part.read([name]).column(0)
+    if before.equals(now):
+        return []
+    rows = enumerate(zip(before.to_pylist(), now.to_pylist()))
+    return [keys[row].as_py() for row, (old, new) in rows if old != new and not (old != old and new != new)]  # NaN
+
+
+def unmergeable(planned: Plan, items: ItemTable) -> list[str]:
+    """One line for each carried column whose values are of another type than the planned ones."""
+    lines = []
+    for name, kind in planned.carried.items():
+        if name in items.carried:
+            schemas = [pyarrow.schema([(name, kind)]), pyarrow.schema([items.table.schema.field(name)])]
+            try:
+                pyarrow.unify_schemas(schemas, promote_options="permissive")
+            except pyarrow.ArrowException:
+                lines.append(f"column {name}: {kind} in the plan, {schemas[1].field(name).type} now")
+    return lines
 
 
 def _count(inputs: int) -> str:

@@ -39,6 +39,7 @@ from latentae.store.resume import (
     new_inputs,
     refuse_changed_inputs,
     refuse_other_inputs,
+    refuse_other_plan,
 )
 from latentae.store.shard import committed_marker
 from latentae.store.worker import raw_posterior
@@ -118,10 +119,11 @@ def open_request(request: Request) -> Opened:
     check_folder(store)
     refuse_output_in_input(request.src, store)
     source: Source | ClipSource | None = request.src
-    if request.as_planned and not request.extend and is_planned(store):
+    of_place = isinstance(request.src, str | Path)
+    if of_place and request.as_planned and not request.extend and is_planned(store):
         source, of_clips = None, Plan.load(store).holds_clips
     else:
-        if not hasattr(request.src, "items"):
+        if not hasattr(request.src, "items") or isinstance(request.src, dict):  # the latter to be refused
             source = open_inputs(request.src, clips=choice is not None, columns=request.columns)
         of_clips = isinstance(source, ClipSource)
     clips = choice or FrameChoice() if of_clips else None
@@ -220,6 +222,14 @@ def draft_plan(opened: Opened, items: ItemTable, extends: Plan | None = None) ->
     return make_plan(items, shapes, request.shard_size, extends=extends)
 
 
+def describe(opened: Opened, plan: Plan) -> dict[str, Any]:
+    """The content of ``store.json`` for a request."""
+    return describe_store(
+        opened.codec, opened.name, plan, opened.options, opened.request.policy,
+        shard_size=opened.request.shard_size, limit=opened.request.limit,
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Planned:
     """A store with its plan and its description on disk."""
@@ -242,14 +252,15 @@ def plan_store(opened: Opened) -> Planned:
         RequestError: it was begun with another plan or configuration.
     """
     request, store = opened.request, opened.store
-    begun = is_planned(store)
+    begun, found = is_planned(store), (store / "plan.parquet").exists()
     items = None if opened.source is None else list_inputs(opened)
-    plan = Plan.load(store) if items is None or begun else agree_on_plan(store, draft_plan(opened, items), 0)
-    configuration = describe_store(
-        opened.codec, opened.name, plan, opened.options, request.policy,
-        shard_size=request.shard_size, limit=request.limit,
-    )  # fmt: skip
-    configuration = agree_on_store(store, plan, configuration, extend=request.extend)
+    if items is None or begun:
+        plan = Plan.load(store)
+    else:
+        draft = draft_plan(opened, items)
+        plan = agree_on_plan(store, draft, 0)
+        refuse_other_plan(store, plan, draft, items)
+    configuration = agree_on_store(store, plan, describe(opened, plan), extend=request.extend)
     new = 0
     if request.extend and begun and items is not None:
         while len(added := new_inputs(store, plan, items)):
@@ -263,8 +274,7 @@ def plan_store(opened: Opened) -> Planned:
     fingerprint = store_fingerprint(configuration)
     markers = ((shard.index, committed_marker(store, shard, fingerprint)) for shard in plan.shards)
     committed = {index: marker for index, marker in markers if marker is not None}
-    if items is not None and begun:
+    if items is not None and found:
         refuse_changed_inputs(store, plan, items, set(committed))
-        if not request.extend:
-            plan = plan.relocated(items)
+        plan = plan.relocated(items)
     return Planned(opened, plan, configuration, committed, new)

@@ -15,7 +15,7 @@ from latentae.data.sources.table import ItemTable
 from latentae.errors import DataError, RequestError
 from latentae.files import TEMPORARY_SUFFIX, write_json
 from latentae.store.configuration import configuration_difference, read_configuration
-from latentae.store.plan import Plan, PlanPart, part_path, plan_difference
+from latentae.store.plan import Plan, PlanPart, column_difference, part_path, plan_difference, unmergeable
 from latentae.store.shard import read_rows
 
 PART_OF_A_STORE = re.compile(
@@ -34,8 +34,8 @@ def check_folder(store: Path) -> None:
 
 
 def is_planned(store: Path) -> bool:
-    """Whether there is a plan, from which follows how a store is to be encoded."""
-    return (store / "plan.parquet").exists()
+    """Whether there is a plan, and the options that it was made for are known."""
+    return (store / "plan.parquet").exists() and (store / "store.json").exists()
 
 
 def agree_on_plan(store: Path, part: PlanPart, number: int) -> Plan:
@@ -44,6 +44,21 @@ def agree_on_plan(store: Path, part: PlanPart, number: int) -> Plan:
     with contextlib.suppress(FileExistsError):
         part.save(part_path(store, number))
     return Plan.load(store)
+
+
+def refuse_other_plan(store: Path, planned: Plan, draft: PlanPart, items: ItemTable) -> None:
+    """Refuse a plan that is not what this request would make, where no description says what it was made for.
+
+    Raises:
+        RequestError: it is another one.
+    """
+    if planned.parts[0].fingerprint == draft.fingerprint or (store / "store.json").exists():
+        return
+    refuse_other_inputs(store, planned, items)
+    raise RequestError(
+        f"{store} has a plan that was made with other options, by a run that was cut short or has only begun: give the "
+        f"same options, or delete {store / 'plan.parquet'} where none is running."
+    )
 
 
 def agree_on_store(store: Path, plan: Plan, asked: dict[str, Any], *, extend: bool = False) -> dict[str, Any]:
@@ -72,26 +87,35 @@ def refuse_other_inputs(store: Path, planned: Plan, items: ItemTable) -> None:
         RequestError: with what came and went.
     """
     difference = plan_difference(planned, items)
-    if lines := difference.lines():
+    if lines := difference.lines() or column_difference(planned, items):
         extend = ", add the new ones with --extend" if len(difference.new) and len(lines) == 1 else ""
-        raise _refusal(f"{store} was planned for other inputs", lines, f"Restore the inputs{extend}")
+        extended = " or, as the store was extended, give --extend or --as-planned" if len(planned.parts) > 1 else ""
+        raise _refusal(f"{store} was planned for other inputs", lines, f"Restore the inputs{extend or extended}")
 
 
 def new_inputs(store: Path, planned: Plan, items: ItemTable) -> ItemTable:
-    """The inputs by which a store is to be extended; those that were planned are read from where they lay then.
+    """The inputs by which a store is to be extended; those that were planned stay as they are.
 
     Raises:
-        RequestError: planned ones have another label now.
+        RequestError: planned ones have another label now, or a column another type.
     """
     difference = plan_difference(planned, items)
     if lines := difference.relabelled_lines():
         remedy = "Give them the labels that they had (a class that is added must be sorted behind the others)"
         raise _refusal(f"{store} cannot be extended by these inputs", lines, remedy)
+    if lines := unmergeable(planned, items):
+        remedy = "Give the columns the types that they had, or leave them out with --columns"
+        raise _refusal(f"{store} cannot be extended by these inputs", lines, remedy)
     return difference.new
 
 
 def refuse_changed_inputs(store: Path, planned: Plan, items: ItemTable, committed: set[int]) -> None:
-    """Refuse to go on where an input was replaced after it had been encoded: its latents would be stale."""
+    """Refuse to go on where an input was replaced after it had been encoded: its latents would be stale.
+
+    That is told by the lengths, where the source knows them.
+    """
+    if items.sizes_are_guessed:
+        return
     before, now = planned.read("key", "bytes"), items.table.select(["key", "bytes"])
     if before.column("bytes").equals(now.column("bytes")) and before.column("key").equals(now.column("key")):
         return

@@ -1,13 +1,17 @@
 """What a second run may find, and must neither lose nor make worse: other shapes, damage, other processes."""
 
+import json
 import shutil
+import tarfile
 
 import pytest
 import torch
 
-from latentae.errors import DataError, ResumableError
+from latentae.data.sources import manifest
+from latentae.errors import DataError, RequestError, ResumableError
 from latentae.store import job, shard
 from latentae.store.encode import encode_dataset
+from latentae.store.estimate import estimate
 from latentae.store.planning import Request, job_of, open_request, plan_store
 from latentae.store.reader import LatentStore
 from latentae.store.verification import verify_store
@@ -119,3 +123,121 @@ def test_the_last_shards_are_encoded_with_as_many_threads_as_the_first(seven, tm
 
     list(local.run_local(None, [5], processes=2, devices=["cpu"], advance=lambda *_: None, open_worker=Worker))
     assert numbers == [2, 4]
+
+
+def listed(folder, rows):
+    path = folder / "list.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def dataset_of(folder, keys):
+    datasets = pytest.importorskip("datasets")
+    images = [{"bytes": (folder / key).read_bytes(), "path": key} for key in keys]
+    return datasets.Dataset.from_dict({"image": images}, features=datasets.Features({"image": datasets.Image()}))
+
+
+@pytest.mark.parametrize("options", [{"size": 16}, {"shard_size": 7}], ids=str)
+def test_a_plan_whose_run_was_killed_before_it_said_what_for(options, seven, tmp_path, dcae):
+    request = Request(seven[0], tmp_path / "store", dcae, **{"size": 32, "shard_size": 3, **options})
+    plan_store(open_request(request))
+    (tmp_path / "store/store.json").unlink()  # as if killed between the two
+    with pytest.raises(RequestError, match=r"has a plan that was made with other options.* delete .*/plan\.parquet"):
+        encode_dataset(seven[0], tmp_path / "store", dcae, **OPTIONS)
+    assert not (tmp_path / "store/store.json").exists()
+    assert encode_dataset(seven[0], tmp_path / "store", dcae, **{**OPTIONS, **options}).encoded == 7
+
+
+def test_an_extension_reads_inputs_where_they_lie_now(seven, tmp_path, dcae, write_images):
+    encode_dataset(seven[0], tmp_path / "store", dcae, **OPTIONS)
+    for path in (tmp_path / "store/shards").glob("00001*"):
+        path.unlink()
+    seven[0].rename(tmp_path / "moved")
+    write_images(tmp_path / "moved", {"zebras/z.png": (32, 32)})
+    summary = encode_dataset(tmp_path / "moved", tmp_path / "store", dcae, **OPTIONS, extend=True)
+    assert (summary.encoded, summary.encoded_now) == (8, 4)
+
+
+def test_a_tar_that_was_written_again_is_read_by_its_new_lengths(seven, tmp_path, dcae, write_images):
+    def write_tar(image):
+        with tarfile.open(tmp_path / "one.tar", "w") as tar:
+            tar.add(image, "a.png")
+
+    write_tar(seven[0] / "cats/a.png")
+    plan_store(open_request(Request(tmp_path / "one.tar", tmp_path / "store", dcae, size=32, shard_size=3)))
+    write_images(tmp_path / "large", {"a.png": (96, 96)})
+    write_tar(tmp_path / "large/a.png")
+    assert encode_dataset(tmp_path / "one.tar", tmp_path / "store", dcae, **OPTIONS).encoded == 1
+
+
+def test_lengths_that_a_list_only_guesses_accuse_no_input(seven, tmp_path, dcae, monkeypatch):
+    monkeypatch.setattr(manifest, "MOST_SIZES", 5)
+    rows = [{"path": key} for key in seven[1]]
+    encode_dataset(listed(seven[0], rows[:4]), tmp_path / "store", dcae, **OPTIONS)
+    assert encode_dataset(listed(seven[0], rows), tmp_path / "store", dcae, **OPTIONS, extend=True).encoded == 7
+
+
+def test_changed_columns_are_refused_by_name(seven, tmp_path, dcae):
+    rows = [{"path": key, "caption": "one", "score": float("nan")} for key in seven[1]]
+    encode_dataset(listed(seven[0], rows), tmp_path / "store", dcae, **OPTIONS)
+    assert encode_dataset(listed(seven[0], rows), tmp_path / "store", dcae, **OPTIONS).encoded_now == 0
+    with pytest.raises(RequestError, match="column score: in the plan, but gone"):
+        encode_dataset(listed(seven[0], rows), tmp_path / "store", dcae, **OPTIONS, columns=["caption"])
+    rows[2] = {**rows[2], "caption": "two"}
+    with pytest.raises(RequestError, match=r"1 input with another caption: cats/c\.png"):
+        encode_dataset(listed(seven[0], rows), tmp_path / "store", dcae, **OPTIONS)
+    with pytest.raises(RequestError, match="column more: not in the plan"):
+        encode_dataset(listed(seven[0], [{**row, "more": 1} for row in rows]), tmp_path / "store", dcae, **OPTIONS)
+
+
+def test_an_extension_may_bring_columns_but_no_other_types(seven, tmp_path, dcae, tree):
+    rows = [{"path": key, "score": 1} for key in seven[1]]
+    encode_dataset(listed(seven[0], rows[:4]), tmp_path / "store", dcae, **OPTIONS)
+    before = tree(tmp_path / "store")
+    other = listed(seven[0], [*rows[:4], *({**row, "score": "good"} for row in rows[4:])])
+    with pytest.raises(RequestError, match="column score: int64 in the plan, large_string now"):
+        encode_dataset(other, tmp_path / "store", dcae, **OPTIONS, extend=True)
+    assert tree(tmp_path / "store") == before
+    more = listed(seven[0], [*rows[:4], *({**row, "more": "x"} for row in rows[4:])])
+    encode_dataset(more, tmp_path / "store", dcae, **OPTIONS, extend=True)
+    assert [item["more"] for item in LatentStore(tmp_path / "store")] == [None] * 4 + ["x"] * 3
+
+
+def test_an_extended_store_says_how_to_go_on(seven, tmp_path, dcae):
+    encode_dataset(seven[0], tmp_path / "store", dcae, **OPTIONS, limit=3)
+    encode_dataset(seven[0], tmp_path / "store", dcae, **OPTIONS, limit=5, extend=True)
+    with pytest.raises(RequestError, match=r"2 inputs planned, but gone: .*\n.* give --extend or --as-planned"):
+        encode_dataset(seven[0], tmp_path / "store", dcae, **OPTIONS, limit=3)
+    assert encode_dataset(seven[0], tmp_path / "store", dcae, **OPTIONS, limit=3, as_planned=True).encoded == 5
+
+
+def test_an_estimate_is_of_what_is_left(seven, tmp_path, dcae, write_images, tree):
+    def left(**options):
+        request = Request(seven[0], tmp_path / "store", dcae, size=32, shard_size=3, **options)
+        return estimate(open_request(request), 2).inputs
+
+    encode_dataset(seven[0], tmp_path / "store", dcae, **OPTIONS)
+    with pytest.raises(RequestError, match="Nothing is left to encode"):
+        left()
+    (tmp_path / "store/shards/00001.json").unlink()
+    before = tree(tmp_path / "store")
+    assert left() == left(as_planned=True) == 3
+    write_images(seven[0], {"zebras/z.png": (32, 32)})
+    assert left(extend=True) == 4
+    with pytest.raises(RequestError, match="add the new ones with --extend"):
+        left()
+    assert tree(tmp_path / "store") == before
+
+
+def test_jobs_of_several_share_a_dataset_in_memory(seven, tmp_path, dcae):
+    dataset = dataset_of(*seven)
+    runs = [
+        encode_dataset(dataset, tmp_path / "store", dcae, **OPTIONS, shard_index=i, shard_count=2) for i in range(2)
+    ]
+    assert [run.encoded_now for run in runs] == [4, 3]
+
+
+def test_splits_are_asked_for(seven, tmp_path, dcae):
+    splits = pytest.importorskip("datasets").DatasetDict({"train": dataset_of(*seven)})
+    with pytest.raises(RequestError, match=r"The data set has splits, train: give one, such as dataset\['train'\]"):
+        encode_dataset(splits, tmp_path / "store", dcae, **OPTIONS)

@@ -36,7 +36,7 @@ from latentae.data.sources.parquet import open_parquet
 from latentae.data.sources.reading import UriReader
 from latentae.data.sources.remote import open_place, size_of_url
 from latentae.data.sources.rows import TEXT, is_text, joined, label_column
-from latentae.data.sources.table import OWN, ItemTable, ItemTableBuilder, SameKey
+from latentae.data.sources.table import GUESSED, OWN, ItemTable, ItemTableBuilder, SameKey
 from latentae.errors import LatentAEError, RequestError
 
 MANIFEST_EXTENSIONS = frozenset({".csv", ".tsv", ".jsonl"})
@@ -322,7 +322,7 @@ def _with_sizes(items: ItemTable) -> ItemTable:
             found = pool.map(_remote_size, _some(uris.filter(pyarrow.array(~local)), SAMPLED_OBJECTS))
             sizes[~local] = _about(list(found))
     table = items.table.set_column(OWN.index("bytes"), "bytes", pyarrow.array(sizes))
-    return ItemTable(table)
+    return ItemTable(table if len(everywhere) == len(items) else table.replace_schema_metadata(GUESSED))
 
 
 def _some(uris: pyarrow.ChunkedArray, count: int) -> list[str]:

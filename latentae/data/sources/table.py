@@ -20,6 +20,7 @@ SCHEMA = pyarrow.schema(
     ]
 )
 OWN = SCHEMA.names
+GUESSED = {b"sizes": b"guessed"}  # metadata of such a table
 ITEMS_AT_ONCE = 65536
 MOST_PIECES = 256
 NO_COLUMNS: Mapping[str, Any] = MappingProxyType({})
@@ -105,6 +106,11 @@ class ItemTable(Sequence[Item]):
     @property
     def labels(self) -> pyarrow.ChunkedArray:
         return self.table.column("label")
+
+    @property
+    def sizes_are_guessed(self) -> bool:
+        """Whether lengths were not looked at one by one, so that others do not mean that inputs have changed."""
+        return GUESSED.items() <= (self.table.schema.metadata or {}).items()
 
     def sorted(self) -> "ItemTable":
         """The same items in the order of their keys, letter by letter.

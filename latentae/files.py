@@ -9,7 +9,7 @@ import socket
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -105,8 +105,9 @@ def remove_stale_temporaries(folder: Path, older_than_seconds: float = 3600) -> 
         if writer is None:
             continue  # not one of ours
         dead = writer[1] == _host() and not _is_alive(int(writer[2]))
-        if dead or path.stat().st_mtime < limit:
-            path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # its writer has just finished it
+            if dead or path.stat().st_mtime < limit:
+                path.unlink()
 
 
 def _host() -> str:

@@ -213,6 +213,10 @@ class Plan:
             place -= len(part.shards)
         raise IndexError(shard.index)
 
+    def is_intact(self, shard: Shard) -> bool:
+        """Whether the inputs of a shard are those that its fingerprint was made of."""
+        return _fingerprint(shard.shape, self.items(shard).table) == shard.fingerprint
+
     def read(self, *columns: str) -> pyarrow.Table:
         """Columns of all inputs, in the order of shards and rows."""
         return pyarrow.concat_tables([part.read(columns) for part in self.parts])

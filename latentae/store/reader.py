@@ -296,20 +296,38 @@ class LatentStore:
         }
 
     def verify(self) -> list[str]:
-        """Hash every committed file again.
+        """Hash the plan and every committed file again.
 
         Returns:
             One sentence for each file that is not what was committed, none if all are.
         """
-        return [problem for shard in self.plan.shards for problem in self.damages(shard)]
+        problems = [problem for shard in self.plan.shards for problem in self.damages(shard)]
+        return self.damages_of_plan() + problems
+
+    def damages_of_plan(self) -> list[str]:
+        """`verify` of the plan."""
+        path = self.path / "plan.parquet"
+        if self.config["plan"]["fingerprint"] != self.plan.parts[0].fingerprint:
+            return [f"{path} is not the plan that {self.path / 'store.json'} was written for: restore it from a copy."]
+        changed = [shard.name for shard in self.plan.shards if not self.plan.is_intact(shard)]
+        if not changed:
+            return []
+        return [
+            f"{path}, or an extension, lists other inputs of {changed[0]} than were planned: restore it from a copy."
+        ]
 
     def damages(self, shard: Shard) -> list[str]:
         """`verify` of one shard; none of one that is not there yet."""
+        data, rows, marker_path = shard_files(self.path, shard)
+        if not marker_path.exists():
+            return []
         marker = read_marker(self.path, shard, self.fingerprint)
         if marker is None:
-            return []
+            return [
+                f"{marker_path} is damaged, or was written for another store.json: restore that, or run the same "
+                "encode command again."
+            ]
         problems = []
-        data, rows, marker_path = shard_files(self.path, shard)
         for path, committed in ((data, marker["data"]), (rows, marker["rows"])):
             if committed is None or (path.is_file() and sha256_file(path) == committed["sha256"]):
                 continue

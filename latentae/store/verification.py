@@ -16,7 +16,7 @@ from latentae.errors import ResumableError
 from latentae.store.configuration import check_counts
 from latentae.store.plan import Shard
 from latentae.store.reader import LatentStore
-from latentae.store.shard import read_marker, read_rows
+from latentae.store.shard import read_rows, shard_files
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Verification:
 
 
 def verify_store(path: str | Path, *, inputs: bool = False, workers: int = 4) -> Verification:
-    """Hash the files of every shard that has a marker, and with ``inputs`` also what they were made of.
+    """Hash the plan and the files of every shard that has a marker, and with ``inputs`` also what they were made of.
 
     Raises:
         RequestError: ``path`` is no store.
@@ -41,8 +41,8 @@ def verify_store(path: str | Path, *, inputs: bool = False, workers: int = 4) ->
     """
     check_counts(workers=workers)
     store = LatentStore(path)
-    shards = [shard for shard in store.plan.shards if read_marker(store.path, shard, store.fingerprint) is not None]
-    problems, read = list[str](), 0
+    shards = [shard for shard in store.plan.shards if shard_files(store.path, shard)[2].exists()]
+    problems, read = store.damages_of_plan(), 0
     with ThreadPoolExecutor(workers) as pool, Progress("verify", len(shards), "shards") as progress:
         for shard, found in zip(shards, pool.map(store.damages, shards)):
             problems += found

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from latentae import files
 from latentae.errors import RequestError, ResumableError, explain_os_error
 from latentae.files import atomic_write, read_json, remove_stale_temporaries, sha256_file, sha256_json, write_json
 
@@ -84,6 +85,12 @@ def test_temporaries_of_the_dead_go_and_those_of_the_living_stay(tmp_path):
     os.utime(foreign, (old, old))
     remove_stale_temporaries(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {alive.name, foreign.name}
+
+
+def test_temporaries_that_are_finished_meanwhile_are_no_error(tmp_path, monkeypatch):
+    path = orphan(tmp_path)
+    monkeypatch.setattr(files, "_is_alive", lambda process: not path.unlink())
+    remove_stale_temporaries(tmp_path)
 
 
 def test_hashes(tmp_path):

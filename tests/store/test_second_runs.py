@@ -4,6 +4,7 @@ import json
 import shutil
 import tarfile
 
+import pyarrow.parquet
 import pytest
 import torch
 
@@ -241,3 +242,21 @@ def test_splits_are_asked_for(seven, tmp_path, dcae):
     splits = pytest.importorskip("datasets").DatasetDict({"train": dataset_of(*seven)})
     with pytest.raises(RequestError, match=r"The data set has splits, train: give one, such as dataset\['train'\]"):
         encode_dataset(splits, tmp_path / "store", dcae, **OPTIONS)
+
+
+@pytest.mark.parametrize("file", ["plan.parquet", "plan-00001.parquet", "store.json", "shards/00001.json"])
+def test_what_verify_reads_is_all_that_a_store_rests_on(file, seven, tmp_path, dcae):
+    rows = [{"path": key, "label": 1, "score": 0.5, "flag": True, "text": "é", "no": None} for key in seven[1]]
+    encode_dataset(listed(seven[0], rows[:4]), tmp_path / "store", dcae, **OPTIONS)
+    encode_dataset(listed(seven[0], rows), tmp_path / "store", dcae, **OPTIONS, extend=True)
+    assert verify_store(tmp_path / "store").problems == LatentStore(tmp_path / "store").verify() == []
+    path = tmp_path / "store" / file
+    if path.suffix == ".parquet":
+        table = pyarrow.parquet.read_table(path)
+        labels = pyarrow.array([7] * table.num_rows, pyarrow.int64())
+        table = table.set_column(table.column_names.index("label"), "label", labels)
+        pyarrow.parquet.write_table(table, path, row_group_size=3)
+    else:
+        path.write_text(path.read_text().replace('_factor": ', '_factor": 2').replace('"bad": 0', '"bad": 0,,'))
+    named = "plan.parquet" if path.suffix == ".parquet" else file
+    assert any(named in problem for problem in verify_store(tmp_path / "store").problems)

@@ -20,8 +20,13 @@ VARIANTS = {
     "dito-tiny": [{}, {"latent_regularizer": "kl", "use_quant_conv": True, "adaptive_norm": True}],
     "dc-ae-tiny": [{}, {"quantizer": {"kind": "vq", "codes": 16}}],
 }
+FAST = {"dc-ae-tiny", "litevae-tiny", "fourplane-tiny"}
 CASES = [
-    pytest.param((name, options), id="-".join([name, *options]))
+    pytest.param(
+        (name, options),
+        id="-".join([name, *options]),
+        marks=[] if name in FAST and not options else [pytest.mark.slow],
+    )
     for name in PRESETS
     if name.endswith("-tiny")
     for options in VARIANTS.get(name, [{}])
@@ -135,6 +140,7 @@ def test_channels_last(autoencoder, pixels, expected):
     close(actual, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_repeated_blocks_compile_each_once(autoencoder, pixels, expected):
     assert autoencoder._repeated_blocks
     autoencoder.compile_repeated_blocks(fullgraph=True, backend="eager")
@@ -143,6 +149,7 @@ def test_repeated_blocks_compile_each_once(autoencoder, pixels, expected):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_halves_compile_in_place(autoencoder, pixels, expected):
     names = set(autoencoder.state_dict())
     autoencoder.encoder.compile(fullgraph=True, backend="eager")

@@ -47,7 +47,10 @@ print(type(autoencoder).__module__, len([name for name in sys.modules if name.sp
 """
 
 
-@pytest.mark.parametrize(("name", "options"), TINY)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [pytest.param(*case, marks=[] if case[0] == "litevae-tiny" else [pytest.mark.slow]) for case in TINY],
+)
 def test_opens_where_latentae_is_not_and_computes_the_same(name, options, randomise, tmp_path, monkeypatch):
     autoencoder = randomise(latentae.create(name, **options))
     folder = tmp_path / "exported"
@@ -86,7 +89,7 @@ def test_opens_where_latentae_is_not_and_computes_the_same(name, options, random
     assert "auto_map" not in json.loads((tmp_path / "again" / "config.json").read_text())
 
 
-@pytest.mark.parametrize("name", ["dito-tiny", "swycc-tiny"])
+@pytest.mark.parametrize("name", ["dito-tiny", pytest.param("swycc-tiny", marks=pytest.mark.slow)])
 def test_code_of_a_diffusion_decoder_beside_the_package_itself(name, randomise, tmp_path, monkeypatch):
     """Both define the operator that draws the canvas; neither takes it from the other."""
     ours = randomise(latentae.create(name))

@@ -35,11 +35,15 @@ def pytest_generate_tests(metafunc):
 
 
 def is_slow(row, family):
-    """Stock classes are a reference; what all families share is told by two of them, one of images, one of videos."""
+    """Stock classes are a reference; what all families share is told by one of images and one of videos, and decoders
+    that sample have their generator to show."""
     if family == "AutoencoderDC":
         return row.name != "QwenImage"
-    informative = ("StableDiffusion", "StableDiffusionXL", "StableDiffusion3", "Flux", "DiT", "StableVideoDiffusion")
-    return family in ("DiTo", "SWYCC", "AutoencoderKL") and row.name not in informative
+    if family in ("LiteVAE", "SWYCC", "AutoencoderKL"):
+        return row.name not in ("StableDiffusion", "Flux")
+    if family == "DiTo":
+        return row.name not in ("StableDiffusion", "StableDiffusionXL", "Flux", "DiT")
+    return family == "FourPlane" and row.name not in ("StableDiffusion", "QwenImage", "Wan", "LTX", "CogVideoX")
 
 
 @pytest.fixture(scope="session")

@@ -54,7 +54,10 @@ def run_of(diffusion, folder):
 
 @pytest.mark.parametrize(
     ("name", "opens_as", "guidance_scale"),
-    [("AutoencoderKL", "AutoencoderKL", 4.0), ("dc-ae-tiny", "AutoencoderDC", 1.0)],
+    [
+        ("AutoencoderKL", "AutoencoderKL", 4.0),
+        pytest.param("dc-ae-tiny", "AutoencoderDC", 1.0, marks=pytest.mark.slow),
+    ],
 )
 def test_stock_diffusers_alone_draws_what_we_draw(name, opens_as, guidance_scale, stock_dit, autoencoder, tmp_path):
     vae = autoencoder(name)

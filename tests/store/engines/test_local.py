@@ -53,6 +53,7 @@ def test_a_worker_killed_inside_a_shard_is_replaced(job_for, run, whole, publish
     assert nothing_left()
 
 
+@pytest.mark.slow
 def test_a_shard_that_always_kills_is_named_and_all_others_are_done(
     job_for, run, whole, published, nothing_left, faults, memory
 ):
@@ -78,6 +79,7 @@ def test_a_full_disk_comes_back_as_it_is(job_for, run, nothing_left, faults):
     assert nothing_left()
 
 
+@pytest.mark.slow
 def test_what_keeps_a_worker_from_starting_ends_the_run(job_for, run, nothing_left, faults):
     job = job_for("bad-device")
     with pytest.raises(Exception, match="no-such-device"):

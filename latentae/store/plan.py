@@ -182,6 +182,9 @@ class Plan:
             parts.append(PlanPart.load(path))
             if parts[-1].after != parts[-2].fingerprint:
                 raise DataError(f"{path} extends another plan than the one in {store}: restore it from a copy.")
+        later = sorted(file for file in store.glob("plan-*.parquet") if file > path)
+        if later and not path.exists():  # parts are only ever added behind the last
+            raise DataError(f"{path} is missing, which {later[0].name} extends: restore it from a copy.")
         return cls(parts)
 
     @cached_property

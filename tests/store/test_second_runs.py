@@ -3,6 +3,8 @@
 import json
 import shutil
 import tarfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow.parquet
 import pytest
@@ -10,7 +12,7 @@ import torch
 
 from latentae.data.sources import manifest
 from latentae.errors import DataError, RequestError, ResumableError
-from latentae.store import job, shard
+from latentae.store import job, planning, shard
 from latentae.store.encode import encode_dataset
 from latentae.store.estimate import estimate
 from latentae.store.planning import Request, job_of, open_request, plan_store
@@ -260,3 +262,41 @@ def test_what_verify_reads_is_all_that_a_store_rests_on(file, seven, tmp_path, d
         path.write_text(path.read_text().replace('_factor": ', '_factor": 2').replace('"bad": 0', '"bad": 0,,'))
     named = "plan.parquet" if path.suffix == ".parquet" else file
     assert any(named in problem for problem in verify_store(tmp_path / "store").problems)
+
+
+def test_an_extension_that_is_missing_takes_no_later_one_with_it(seven, tmp_path, dcae):
+    for limit in (2, 4, 7):
+        encode_dataset(seven[0], tmp_path / "store", dcae, **OPTIONS, limit=limit, extend=limit > 2)
+    (tmp_path / "store/plan-00001.parquet").unlink()
+    with pytest.raises(DataError, match=r"plan-00001\.parquet is missing, which plan-00002\.parquet extends: restore"):
+        LatentStore(tmp_path / "store")
+
+
+def test_extensions_that_are_made_at_once_part_the_new_inputs(seven, tmp_path, dcae, tree, monkeypatch):
+    encode_dataset(seven[0], tmp_path / "store", dcae, **OPTIONS)
+    for number in range(3):
+        shutil.copytree(seven[0], tmp_path / f"{number}")
+        for new in range(number, number + 3):
+            shutil.copy(seven[0] / "dogs/d.png", tmp_path / f"{number}/dogs/x{new}.png")
+    barrier, own, real = threading.Barrier(3), threading.local(), planning.draft_plan
+
+    def at_once(*args, **kwargs):
+        plan = real(*args, **kwargs)
+        if not hasattr(own, "drafted"):
+            own.drafted = True
+            barrier.wait(10)
+        return plan
+
+    def extend(number):
+        try:
+            return encode_dataset(tmp_path / f"{number}", tmp_path / "store", dcae, **OPTIONS, extend=True)
+        except ResumableError:  # it may have met another one at a shard
+            return encode_dataset(tmp_path / f"{number}", tmp_path / "store", dcae, **OPTIONS, extend=True)
+
+    monkeypatch.setattr(planning, "draft_plan", at_once)
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(extend, range(3)))
+    store = LatentStore(tmp_path / "store")
+    assert store.complete
+    assert store.verify() == []
+    assert len(store.keys) == len(set(store.keys)) == 12

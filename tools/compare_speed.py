@@ -38,6 +38,7 @@ SD_VAE = dict(
     block_out_channels=(128, 256, 512, 512),
     layers_per_block=2,
     latent_channels=4,
+    sample_size=512,  # by which it cuts tiles
 )
 
 

@@ -10,6 +10,7 @@ model and the batch size, so publishing a shard twice, even from two processes a
 """
 
 import hashlib
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from io import BytesIO
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from latentae.data.sources import Item
-from latentae.errors import DataError
+from latentae.errors import DataError, ResumableError
 from latentae.files import atomic_write, fsync_folder, read_json, write_json
 from latentae.store.plan import Shard
 from latentae.store.tables import Types, read_table, table_bytes
@@ -151,11 +152,16 @@ def publish(
         return marker
     marker_path.unlink(missing_ok=True)  # another version of this shard stops counting before its files change
     fsync_folder(marker_path.parent)
+    written = {}
     if data is None:
         data_path.unlink(missing_ok=True)
     else:
-        _write(data_path, data)
-    _write(rows_path, rows)
+        written[data_path] = _write(data_path, data)
+    written[rows_path] = _write(rows_path, rows)
+    for path, node in written.items():  # of this version still, and not those of a machine that gives other bytes
+        if not path.exists() or (path.stat().st_ino != node and _identity(path.read_bytes()) not in marker.values()):
+            marker_path.unlink(missing_ok=True)  # if the other was done before us
+            raise ResumableError(f"Another process writes {shard.name} of {store}: run the command again.")
     write_json(marker_path, marker)
     return marker
 
@@ -164,9 +170,11 @@ def _identity(content: bytes) -> dict[str, Any]:
     return {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
 
 
-def _write(path: Path, content: bytes) -> None:
+def _write(path: Path, content: bytes) -> int:
+    """Returns the number of the new file."""
     with atomic_write(path) as stream:
         stream.write(content)
+        return os.fstat(stream.fileno()).st_ino
 
 
 def _serialise(encoded: list[Sample], stored: Tensor, tensor: str) -> bytes:

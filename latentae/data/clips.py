@@ -235,7 +235,8 @@ def _clips_in(root: Path) -> ItemTable:
     with_clips: set[str] = set()
     sizes: Counter[str] = Counter()  # of the frames of each folder
     labels: dict[str, int | None] = {}
-    for item in FolderSource(root, VIDEO_EXTENSIONS | IMAGE_EXTENSIONS).items():
+    files = FolderSource(root, VIDEO_EXTENSIONS | IMAGE_EXTENSIONS).items()
+    for item in files:
         folder = os.path.dirname(path_of(item.uri))  # noqa: PTH120
         extension = extension_of(item.key)
         if extension in VIDEO_EXTENSIONS or (extension in MAYBE_ANIMATED and is_animated(Path(path_of(item.uri)))):
@@ -247,4 +248,4 @@ def _clips_in(root: Path) -> ItemTable:
     for folder in sizes.keys() - with_clips:
         key = key_of(os.path.relpath(folder, root)) if folder != str(root) else key_of(root.name)
         clips.append(key, file_uri(folder), sizes[folder], labels[folder])
-    return clips.finish()
+    return clips.finish().with_classes(files.classes)

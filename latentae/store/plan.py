@@ -11,7 +11,7 @@ them, or when. It is read shard by shard: 10 million inputs need no more memory 
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
@@ -58,14 +58,20 @@ class PlanPart:
 
     Args:
         after: fingerprint of the plan that this part extends.
+        classes: labels by the names of their classes, where they have names.
         table: the inputs in the order of the shards, where they are in memory.
         path: the file, where they are not.
     """
 
     def __init__(
-        self, shards: Sequence[Shard], after: str, table: pyarrow.Table | None = None, path: Path | None = None
+        self,
+        shards: Sequence[Shard],
+        after: str,
+        classes: Mapping[str, int],
+        table: pyarrow.Table | None = None,
+        path: Path | None = None,
     ):
-        self.shards, self.after, self.table, self.path = tuple(shards), after, table, path
+        self.shards, self.after, self.classes, self.table, self.path = tuple(shards), after, classes, table, path
         self._ends = np.cumsum([0, *(shard.inputs for shard in shards)])
         self._file: pyarrow.parquet.ParquetFile | None = None
         self._lock = Lock()
@@ -78,7 +84,7 @@ class PlanPart:
                 shards = [
                     Shard(index, tuple(shape), inputs, print_) for index, shape, inputs, print_ in facts["shards"]
                 ]
-                return cls(shards, facts["after"], path=path)
+                return cls(shards, facts["after"], facts["classes"], path=path)
             except (KeyError, TypeError, ValueError) as error:
                 raise DataError(f"{path} is not the plan of a store: restore it from a copy.") from error
 
@@ -130,7 +136,8 @@ class PlanPart:
         Raises:
             FileExistsError: another process has written one.
         """
-        facts = {"after": self.after, "shards": [[s.index, s.shape, s.inputs, s.fingerprint] for s in self.shards]}
+        shards = [[shard.index, shard.shape, shard.inputs, shard.fingerprint] for shard in self.shards]
+        facts = {"after": self.after, "classes": self.classes, "shards": shards}
         empty = self._with_pixels(0, self.schema.empty_table())
         schema = empty.schema.with_metadata({METADATA: json.dumps(facts)})
         stream = BytesIO()
@@ -197,6 +204,11 @@ class Plan:
         return self.parts[-1].fingerprint
 
     @property
+    def classes(self) -> dict[str, int]:
+        """Labels by the names of their classes, where they have names."""
+        return {name: label for part in self.parts for name, label in part.classes.items()}
+
+    @property
     def holds_clips(self) -> bool:
         return len(self.shards[0].shape) == 3
 
@@ -244,7 +256,7 @@ class Plan:
         table = part.read(part.schema.names)
         for name, column in moved.items():
             table = table.set_column(table.column_names.index(name), name, column)
-        return PlanPart(part.shards, part.after, table.combine_chunks())
+        return PlanPart(part.shards, part.after, part.classes, table.combine_chunks())
 
 
 def part_path(store: Path, number: int) -> Path:
@@ -283,7 +295,7 @@ def make_plan(
         for start in range(0, group.num_rows, shard_size):
             members = group.slice(start, shard_size)
             shards.append(Shard(first + len(shards), shape, members.num_rows, _fingerprint(shape, members)))
-    return PlanPart(shards, extends.fingerprint if extends else FIRST_FINGERPRINT, table)
+    return PlanPart(shards, extends.fingerprint if extends else FIRST_FINGERPRINT, items.classes, table)
 
 
 def _fingerprint(shape: tuple[int, ...], members: pyarrow.Table) -> str:
@@ -380,6 +392,19 @@ def unmergeable(planned: Plan, items: ItemTable) -> list[str]:
                 pyarrow.unify_schemas(schemas, promote_options="permissive")
             except pyarrow.ArrowException:
                 lines.append(f"column {name}: {kind} in the plan, {schemas[1].field(name).type} now")
+    return lines
+
+
+def class_clashes(planned: Plan, items: ItemTable) -> list[str]:
+    """One line for each class of ``items`` that has another label than in the plan, or that of another one there."""
+    before = planned.classes
+    names = {label: name for name, label in before.items()}
+    lines = []
+    for name, label in items.classes.items():
+        if before.get(name, label) != label:
+            lines.append(f"class {name!r} has label {before[name]} in the plan, {label} now")
+        elif names.get(label, name) != name:
+            lines.append(f"class {name!r} has label {label}, which is that of {names[label]!r} in the plan")
     return lines
 
 

@@ -114,6 +114,11 @@ class LatentStore:
         """What is stored: ``mode``, ``moments`` or ``sample``."""
         return self.config["kind"]
 
+    @property
+    def classes(self) -> dict[str, int]:
+        """Labels by the names of their classes, where the inputs had names for them: folders, or texts."""
+        return self.plan.classes
+
     def __len__(self) -> int:
         return self.shard_ends[-1] if self.shard_ends else 0
 

@@ -15,7 +15,15 @@ from latentae.data.sources.table import ItemTable
 from latentae.errors import DataError, RequestError
 from latentae.files import TEMPORARY_SUFFIX, write_json
 from latentae.store.configuration import configuration_difference, read_configuration
-from latentae.store.plan import Plan, PlanPart, column_difference, part_path, plan_difference, unmergeable
+from latentae.store.plan import (
+    Plan,
+    PlanPart,
+    class_clashes,
+    column_difference,
+    part_path,
+    plan_difference,
+    unmergeable,
+)
 from latentae.store.shard import read_rows
 
 PART_OF_A_STORE = re.compile(
@@ -100,8 +108,11 @@ def new_inputs(store: Path, planned: Plan, items: ItemTable) -> ItemTable:
         RequestError: planned ones have another label now, or a column another type.
     """
     difference = plan_difference(planned, items)
-    if lines := difference.relabelled_lines():
-        remedy = "Give them the labels that they had (a class that is added must be sorted behind the others)"
+    if lines := difference.relabelled_lines() or class_clashes(planned, items):
+        remedy = (
+            "Give them the labels that they had (a folder that is added must be sorted behind those of the plan, which "
+            "are all there, if only empty; or list the inputs in a table with numbers as labels)"
+        )
         raise _refusal(f"{store} cannot be extended by these inputs", lines, remedy)
     if lines := unmergeable(planned, items):
         remedy = "Give the columns the types that they had, or leave them out with --columns"

@@ -300,3 +300,28 @@ def test_a_shard_that_another_process_undid_is_noticed(seven, tmp_path, dcae, mo
     monkeypatch.setattr(module, "_finish", undone)
     with pytest.raises(ResumableError, match=r"Shard 00001 of .* was changed by another process"):
         encode_dataset(seven[0], tmp_path / "store", dcae, **OPTIONS)
+
+
+def test_a_label_stands_for_one_class_in_all_of_a_store(seven, tmp_path, dcae, write_images):
+    encode_dataset(seven[0], tmp_path / "store", dcae, **OPTIONS)
+    assert LatentStore(tmp_path / "store").classes == {"cats": 0, "dogs": 1}
+    write_images(tmp_path / "more", {"horses/a.png": (32, 32)})
+    with pytest.raises(RequestError, match=r"class 'horses' has label 0, which is that of 'cats' in the plan"):
+        encode_dataset(tmp_path / "more", tmp_path / "store", dcae, **OPTIONS, extend=True)
+    (tmp_path / "more/cats").mkdir()
+    with pytest.raises(RequestError, match=r"class 'horses' has label 1, which is that of 'dogs' in the plan"):
+        encode_dataset(tmp_path / "more", tmp_path / "store", dcae, **OPTIONS, extend=True)
+    (tmp_path / "more/dogs").mkdir()
+    encode_dataset(tmp_path / "more", tmp_path / "store", dcae, **OPTIONS, extend=True)
+    store = LatentStore(tmp_path / "store")
+    assert store.classes == {"cats": 0, "dogs": 1, "horses": 2}
+    assert store.labels == [0, 0, 0, 1, 1, 1, 1, 2]
+
+
+def test_texts_as_labels_are_held_to_their_numbers_too(seven, tmp_path, dcae):
+    for name, keys in (("first", ["dogs/a.png", "dogs/b.png"]), ("then", ["cats/a.png"])):
+        lines = [json.dumps({"path": key, "label": key[:4]}) + "\n" for key in keys]
+        (seven[0] / f"{name}.jsonl").write_text("".join(lines))
+    encode_dataset(seven[0] / "first.jsonl", tmp_path / "store", dcae, **OPTIONS)
+    with pytest.raises(RequestError, match="class 'cats' has label 0, which is that of 'dogs' in the plan"):
+        encode_dataset(seven[0] / "then.jsonl", tmp_path / "store", dcae, **OPTIONS, extend=True)

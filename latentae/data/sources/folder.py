@@ -53,13 +53,15 @@ class FolderSource:
         self.archives: list[str] = []
         self.reader = UriReader()
         self._root = len(self.place.rstrip("/")) + 1
+        self._classes: dict[str, int] = {}
         found = ItemTableBuilder()
         if is_url(self.place):
             self._add_remote(found)
         else:
             self._add(self.place, (), None, found)
         self.archives.sort()
-        self._items = found.finish().sorted()
+        items = found.finish().sorted()
+        self._items = items.with_classes(self._classes) if self._classes else items
 
     def items(self) -> ItemTable:
         return self._items
@@ -91,6 +93,8 @@ class FolderSource:
         number = 0
         for name, node in sorted(folders):
             if node not in inside:
+                if not above:
+                    self._classes[key_of(name)] = number
                 self._add(os.path.join(folder, name), inside, label if above else number, found)  # noqa: PTH118
                 number += 1
 

@@ -1,5 +1,6 @@
 """Items by the million: columns of Arrow instead of objects, which are made when they are looked at."""
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Protocol, overload
@@ -24,6 +25,7 @@ GUESSED = {b"sizes": b"guessed"}  # metadata of such a table
 ITEMS_AT_ONCE = 65536
 MOST_PIECES = 256
 NO_COLUMNS: Mapping[str, Any] = MappingProxyType({})
+CLASSES = b"classes"  # in the metadata of a table
 
 
 class SameKey(RequestError):
@@ -102,6 +104,15 @@ class ItemTable(Sequence[Item]):
     @property
     def keys(self) -> pyarrow.ChunkedArray:
         return self.table.column("key")
+
+    @property
+    def classes(self) -> dict[str, int]:
+        """Labels by the names of their classes, where they had names: folders, or texts."""
+        return json.loads((self.table.schema.metadata or {}).get(CLASSES, b"{}"))
+
+    def with_classes(self, classes: Mapping[str, int]) -> "ItemTable":
+        """The same items, and what their labels stand for."""
+        return ItemTable(self.table.replace_schema_metadata({CLASSES: json.dumps(classes)} if classes else None))
 
     @property
     def labels(self) -> pyarrow.ChunkedArray:
@@ -260,6 +271,7 @@ class ItemTableBuilder:
             numbers = pyarrow.array([ranks[text] for text in self._classes], pyarrow.int64())
             place = OWN.index("label")
             table = table.set_column(place, SCHEMA.field(place), numbers.take(table.column(place)))
+            return ItemTable(table).with_classes(ranks)
         return ItemTable(table)
 
 

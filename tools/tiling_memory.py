@@ -188,14 +188,14 @@ def measure_apart(task: dict[str, Any], seconds: float | None) -> dict[str, Any]
     return json.loads(done.stdout)
 
 
-def compare(tiled: Path, untiled: Path) -> dict[str, float]:
-    """PSNR over the range of the untiled result, and the largest difference over its largest value."""
+def compare(tiled: Path, untiled: Path) -> dict[str, float | None]:
+    """PSNR over the range of the untiled result, None for equal ones, and the largest difference over its maximum."""
     ours, reference = torch.load(tiled).double(), torch.load(untiled).double()
     difference = ours - reference
     error = difference.square().mean().item()
     extent = (reference.max() - reference.min()).item()
     return {
-        "psnr": 10 * math.log10(extent**2 / error) if error else math.inf,
+        "psnr": 10 * math.log10(extent**2 / error) if error else None,
         "difference": (difference.abs().max() / reference.abs().max()).item(),
     }
 

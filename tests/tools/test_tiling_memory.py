@@ -144,7 +144,7 @@ def test_tiled_and_untiled_are_compared(one_process, memory, tmp_path, capsys):
         (name, half) for name in ("dc-ae-tiny", "litevae-tiny") for half in HALVES
     ]
     exact, blended = rows[:2], rows[2:]
-    assert all(row["difference"] < 1e-5 and row["psnr"] > 100 for row in exact)
+    assert all(row["difference"] < 1e-5 for row in exact)
     assert all(row["difference"] > 1e-4 and 10 < row["psnr"] < 80 for row in blended)
     assert all(row["tiled"]["live_gib"] < row["untiled"]["live_gib"] for row in blended)
     assert all(way["seconds"] > 0 and way["added_gib"] >= 0 for row in rows for way in (row["tiled"], row["untiled"]))

@@ -257,6 +257,8 @@ class LatentCodec:
         if pixels.ndim not in ((4, 5) if self.is_video else (4,)) or pixels.shape[1] != 3 or 0 in pixels.shape:
             shapes = "(B, 3, H, W)" + (" or (B, 3, T, H, W)" if self.is_video else "")
             raise RequestError(f"encode got pixels of shape {tuple(pixels.shape)}; expected {shapes}.")
+        if not pixels.is_floating_point() and pixels.dtype != torch.uint8:
+            raise RequestError(f"encode got pixels of {pixels.dtype}; expected uint8, or floats in [-1, 1].")
         if padding_mode(self.autoencoder) == "reflect" and min(pixels.shape[-2:]) <= self.spatial_ratio:
             raise RequestError(
                 f"Reflect padding needs images of more than {self.spatial_ratio} pixels a side, not "

@@ -214,3 +214,9 @@ def test_only_autoencoders_are_wrapped():
 def test_latents_carry_the_size(tiny_dcae):
     assert LatentCodec(tiny_dcae).encode(torch.zeros(1, 3, 9, 10)).height == 9
     assert Latents(torch.zeros(1), 9, 10).frames is None
+
+
+def test_whole_numbers_that_are_not_bytes_are_refused():
+    codec = LatentCodec(create("dc-ae-tiny"))
+    with pytest.raises(RequestError, match=r"pixels of torch\.int64; expected uint8, or floats in \[-1, 1\]"):
+        codec.encode(torch.zeros(1, 3, 16, 16, dtype=torch.long))

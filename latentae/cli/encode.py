@@ -43,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--processes", type=int, metavar="N", help="that encode (default: one for each device)")
     parser.add_argument("--engine", default="local", choices=["local", "ray"], help="who encodes (default local)")
     parser.add_argument("--ray-address", metavar="A", help="of a Ray cluster, such as auto (default: this machine)")
-    parser.add_argument("--shard-index", type=int, default=0, metavar="I", help="which of --shard-count jobs this is")
-    parser.add_argument("--shard-count", type=int, default=1, metavar="N", help="share the shards among N jobs")
+    parser.add_argument("--shard-index", type=int, metavar="I", help="which of --shard-count jobs this is, from 0")
+    parser.add_argument("--shard-count", type=int, metavar="N", help="share the shards among N jobs")
     add_max_bad(parser)
     parser.add_argument("--retry-failed", action="store_true", help="try bad images of earlier runs again")
 
@@ -182,8 +182,13 @@ def run(args: argparse.Namespace) -> int:
     import json
 
     from latentae.console import say
+    from latentae.errors import RequestError
     from latentae.store.encode import encode_dataset
 
+    if (args.shard_index is None) != (args.shard_count is None):
+        raise RequestError(
+            "--shard-index and --shard-count belong together: give both, as in 0 and 64 for one of 64 jobs."
+        )
     devices = args.device.split(",") if args.device else None
     if args.dry_run:
         from latentae.cli.plan import dry_run
@@ -197,7 +202,7 @@ def run(args: argparse.Namespace) -> int:
             **{**planning_options(args), "workers": args.workers or 2},
         )
         processes = args.processes or len(devices or [""])
-        return dry_run(request, args.batch_size, as_json=args.json, processes=processes * args.shard_count)
+        return dry_run(request, args.batch_size, as_json=args.json, processes=processes * (args.shard_count or 1))
     with contextlib.redirect_stdout(sys.stderr):  # where Ray tells of nodes that it has lost
         summary = encode_dataset(
             args.src,
@@ -208,8 +213,8 @@ def run(args: argparse.Namespace) -> int:
             device=devices,
             engine=args.engine,
             ray_address=args.ray_address,
-            shard_index=args.shard_index,
-            shard_count=args.shard_count,
+            shard_index=args.shard_index or 0,
+            shard_count=1 if args.shard_count is None else args.shard_count,
             max_bad=args.max_bad,
             retry_failed=args.retry_failed,
             **planning_options(args),

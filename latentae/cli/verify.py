@@ -1,4 +1,4 @@
-"""Hash every file of a store again, and say which are not what was written.
+"""Hash the shards of a store and its plan again, and say which are not what was written.
 
   latentae verify latents/
   latentae verify latents/ --inputs

@@ -8,6 +8,7 @@ Configuration and parameter names are those of diffusers' ``AutoencoderDC``, so 
 """
 
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from latentae.errors import RequestError
 from latentae.families.base import Autoencoder
-from latentae.nn.attention import relu_linear_attention
+from latentae.nn.attention import attend_to_sums, relu_attention_sums, relu_linear_attention
 from latentae.nn.norms import RMSNorm2d
 from latentae.nn.quantize import make_quantizer
 from latentae.nn.resample import (
@@ -28,7 +29,7 @@ from latentae.nn.resample import (
     pixels_of,
     space_to_channel_average,
 )
-from latentae.nn.tiling import run_in_tiles
+from latentae.nn.tiling import run_in_tiles, spans
 
 ACTIVATIONS = {"relu": F.relu, "relu6": F.relu6, "silu": F.silu}
 LOCAL_STAGES = 3  # convolutional stages at 1/1, 1/2 and 1/4 of the image hold nearly all the memory
@@ -74,6 +75,11 @@ class MultiscaleProjection(nn.Module):
         return self.proj_out(self.proj_in(qkv))
 
 
+def everywhere(x: Tensor) -> tuple[slice, slice]:
+    """All rows and columns of a map."""
+    return slice(0, x.shape[-2]), slice(0, x.shape[-1])
+
+
 class LinearAttention(nn.Module):
     """x + norm(proj(relu linear attention)), over one scale of queries, keys and values or several.
 
@@ -84,6 +90,8 @@ class LinearAttention(nn.Module):
     def __init__(self, channels: int, head_dim: int, kernel_sizes: Sequence[int], norm: str):
         super().__init__()
         self.head_dim = head_dim
+        self.tile: int | None = None
+        self.halo = max(kernel_sizes, default=1) // 2
         heads = channels // head_dim
         inner = heads * head_dim
         self.to_q = nn.Linear(channels, inner, bias=False)
@@ -95,17 +103,47 @@ class LinearAttention(nn.Module):
         nn.init.zeros_(self.norm_out.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, _, height, width = x.shape
+        if self.tile is not None and x.shape[-2] * x.shape[-1] > self.tile**2:
+            return self._in_tiles(x, self.tile)
+        q, k, v = self._heads(x, *everywhere(x))
+        return self._out(x, relu_linear_attention(q, k, v))
+
+    def _in_tiles(self, x: Tensor, tile: int) -> Tensor:
+        """The same, since what the attention needs of keys and values are sums: these first, then the queries."""
+        places = list(product(*(spans(size, tile, self.halo) for size in x.shape[-2:])))
+        context: Tensor | float = 0.0
+        total: Tensor | float = 0.0
+        for (rows, inner_rows), (columns, inner_columns) in places:
+            _, k, v = self._heads(x[..., rows, columns], inner_rows, inner_columns)
+            sums = relu_attention_sums(k, v)
+            context, total = context + sums[0], total + sums[1]
+        assert isinstance(context, Tensor)
+        assert isinstance(total, Tensor)
+        result = torch.empty_like(x)
+        for (rows, inner_rows), (columns, inner_columns) in places:
+            piece = x[..., rows, columns]
+            q, _, _ = self._heads(piece, inner_rows, inner_columns)
+            inner = piece[..., inner_rows, inner_columns]
+            down, right = rows.start + inner_rows.start, columns.start + inner_columns.start
+            part = result[..., down : down + inner.shape[-2], right : right + inner.shape[-1]]
+            part.copy_(self._out(inner, attend_to_sums(q, context, total)))
+        return result
+
+    def _heads(self, x: Tensor, rows: slice, columns: slice) -> tuple[Tensor, ...]:
+        """Queries, keys and values (B, S*heads, N, D) of the N pixels of these rows and columns."""
         pixels = x.permute(0, 2, 3, 1)
         qkv = torch.cat([self.to_q(pixels), self.to_k(pixels), self.to_v(pixels)], dim=-1)  # (B, H, W, 3C)
         if self.to_qkv_multiscale:
             maps = qkv.permute(0, 3, 1, 2)
             scales = [scale(maps).permute(0, 2, 3, 1) for scale in self.to_qkv_multiscale]
             qkv = torch.cat([qkv, *scales], dim=-1)  # (B, H, W, S*3C)
-        qkv = qkv.reshape(batch, height * width, -1, 3 * self.head_dim).transpose(1, 2)  # (B, S*heads, HW, 3D)
-        q, k, v = qkv.chunk(3, dim=-1)
-        y = relu_linear_attention(q, k, v).to(x.dtype)  # (B, S*heads, HW, D)
-        y = y.transpose(1, 2).reshape(batch, height, width, -1)  # (B, H, W, S*C)
+        qkv = qkv[:, rows, columns].flatten(1, 2).unflatten(-1, (-1, 3 * self.head_dim))  # (B, N, S*heads, 3D)
+        return qkv.transpose(1, 2).chunk(3, dim=-1)
+
+    def _out(self, x: Tensor, y: Tensor) -> Tensor:
+        """``x`` and what it attends to, (B, S*heads, HW, D)."""
+        batch, _, height, width = x.shape
+        y = y.to(x.dtype).transpose(1, 2).reshape(batch, height, width, -1)  # (B, H, W, S*C)
         y = self.to_out(y).permute(0, 3, 1, 2)  # (B, C, H, W)
         return self.norm_out(y).add_(x)
 
@@ -495,7 +533,7 @@ class DCAE(Autoencoder):
 
     def _tile_wide_blocks(self, tile: int | None) -> None:
         for module in self.modules():
-            if isinstance(module, GLUMBConv):
+            if isinstance(module, GLUMBConv | LinearAttention):
                 module.tile = tile
 
     def _decode(self, z: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """ReLU linear attention (EfficientViT, arXiv 2205.14756): cost linear in the pixels, fp32 under any precision."""
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -19,9 +19,24 @@ def relu_linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float = 1e-15) -
     Returns:
         (B, heads, N, D) in fp32, or in fp64 if the arguments are.
     """
-    device = q.device.type
-    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
-        q, k, v = widen(q).relu(), widen(k).relu(), widen(v)
-        context = k.transpose(-1, -2) @ v  # (B, heads, D, D)
-        total = k.sum(dim=-2).unsqueeze(-1)  # (B, heads, D, 1)
+    return attend_to_sums(q, *relu_attention_sums(k, v), eps)
+
+
+def relu_attention_sums(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """All that the attention needs of keys and values, (B, heads, D, D) and (B, heads, D, 1): sums over the pixels,
+    which add up over parts of an image."""
+    with _without_autocast(k):
+        k, v = widen(k).relu(), widen(v)
+        return k.transpose(-1, -2) @ v, k.sum(dim=-2).unsqueeze(-1)
+
+
+def attend_to_sums(q: Tensor, context: Tensor, total: Tensor, eps: float = 1e-15) -> Tensor:
+    """The attention of queries (B, heads, N, D) to the sums of `relu_attention_sums`."""
+    with _without_autocast(q):
+        q = widen(q).relu()
         return (q @ context) / (q @ total + eps)
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()

@@ -1,6 +1,6 @@
 """Running a network tile by tile: exactly, with a halo, or by blending overlaps where no halo is wide enough."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -24,20 +24,27 @@ def run_in_tiles(
     """
     height, width = x.shape[-2:]
     result = None
-    for top in range(0, height, tile[0]):
-        bottom = min(top + tile[0], height)
-        y0, y1 = max(top - halo, 0), min(bottom + halo, height)
-        for left in range(0, width, tile[1]):
-            right = min(left + tile[1], width)
-            x0, x1 = max(left - halo, 0), min(right + halo, width)
-            piece = function(x[..., y0:y1, x0:x1])
+    for rows, inner_rows in spans(height, tile[0], halo):
+        for columns, inner_columns in spans(width, tile[1], halo):
+            piece = function(x[..., rows, columns])
             if result is None:
                 result = piece.new_empty(*piece.shape[:2], height * up // down, width * up // down)
-            piece = piece[..., (top - y0) * up // down : (bottom - y0) * up // down, :]
-            piece = piece[..., (left - x0) * up // down : (right - x0) * up // down]
-            result[..., top * up // down : bottom * up // down, left * up // down : right * up // down] = piece
+            place = [
+                slice((outer.start + inner.start) * up // down, (outer.start + inner.stop) * up // down)
+                for outer, inner in ((rows, inner_rows), (columns, inner_columns))
+            ]
+            kept = [slice(i.start * up // down, i.stop * up // down) for i in (inner_rows, inner_columns)]
+            result[..., place[0], place[1]] = piece[..., kept[0], kept[1]]
     assert result is not None
     return result
+
+
+def spans(size: int, tile: int, halo: int) -> Iterator[tuple[slice, slice]]:
+    """Tiles along a side: each with its halo, as far as there is one, and where in it the tile itself is."""
+    for start in range(0, size, tile):
+        stop = min(start + tile, size)
+        first = max(start - halo, 0)
+        yield slice(first, min(stop + halo, size)), slice(start - first, stop - first)
 
 
 def blend_tiles(

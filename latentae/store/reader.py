@@ -245,13 +245,14 @@ class LatentStore:
         drawn = (variance + mean_of("sum_of_variances")).sqrt() if self._tensor == "moments" else None
         return Statistics(len(self), mean, variance.sqrt(), drawn)
 
-    def normalise(self, latents: Tensor, *, by: str = "model") -> Tensor:
+    def normalise(self, latents: Tensor, *, by: str = "model", draws: bool = True) -> Tensor:
         """Raw latents (C, ...) or (B, C, ...) to what a diffusion model sees, in fp32.
 
         Args:
             by: ``model``: as the model's configuration states, ``(z - shift_factor) * scaling_factor``, or per channel
                 ``(z - latents_mean) * scaling_factor / latents_std``; ``data``: by the `statistics` of this store to
                 mean 0 and standard deviation 1 in each channel.
+            draws: ``latents`` of a store of moments are draws; False for modes, whose standard deviation is smaller.
         """
         if by == "model":
             values = self.config["normalisation"]
@@ -261,7 +262,7 @@ class LatentStore:
             scale = values["scaling_factor"] / std
         elif by == "data":
             statistics = self.statistics()
-            std = statistics.std if statistics.sample_std is None else statistics.sample_std
+            std = statistics.sample_std if draws and statistics.sample_std is not None else statistics.std
             mean, scale = statistics.mean.float(), 1 / std.float()
         else:
             raise RequestError(f"by={by!r}; expected 'model' or 'data'.")

@@ -48,7 +48,10 @@ def is_planned(store: Path) -> bool:
 
 def agree_on_plan(store: Path, part: PlanPart, number: int) -> Plan:
     """Write a part of a plan, and return the plan that now holds: another process may have been quicker."""
-    store.mkdir(parents=True, exist_ok=True)
+    try:
+        store.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:  # no folder can be made there, as below /proc
+        raise RequestError(f"The folder {store} cannot be made ({error.strerror}): choose another one.") from error
     with contextlib.suppress(FileExistsError):
         part.save(part_path(store, number))
     return Plan.load(store)

@@ -53,6 +53,9 @@ CLIP_ROW_COLUMNS = {
 }
 
 
+MARKER_KEYS = {"fingerprint", "inputs", "encoded", "bad", "batch_size", "latent_shape", "data", "rows"}
+
+
 @dataclass
 class Sample:
     """One input on its way into a shard. In the end it has either ``latents`` or a ``reason`` why not.
@@ -95,6 +98,8 @@ def read_marker(store: Path, shard: Shard, fingerprint: str) -> dict[str, Any] |
     """The commit marker of ``shard``, or None if there is none for this store."""
     try:
         marker = read_json(shard_files(store, shard)[2])
+        if not marker.keys() >= MARKER_KEYS:
+            return None
         return marker if marker["fingerprint"] == marker_fingerprint(fingerprint, shard) else None
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None

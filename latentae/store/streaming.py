@@ -132,8 +132,8 @@ class StreamedLatents(IterableDataset[dict[str, Any]]):
     Args:
         shuffle: False for the order of the store.
         normalise: ``model`` or ``data``, as in `LatentStore.normalise`; None for raw latents.
-        moments: from a store of moments, ``mode`` or ``sample``: a draw, which is a function of the seed, the epoch and
-            the key.
+        moments: from a store of moments, ``sample``, the default, or ``mode``: a draw, which is a function of the seed,
+            the epoch and the key.
         flip: take the latents of the mirrored image for half of the samples, drawn in the same way.
         columns: names of what else to give of each entry, such as a caption.
 
@@ -151,23 +151,24 @@ class StreamedLatents(IterableDataset[dict[str, Any]]):
         rank: int = 0,
         world_size: int = 1,
         normalise: str | None = None,
-        moments: str = "mode",
+        moments: str | None = None,
         flip: bool = False,
         columns: Sequence[str] = (),
     ):
         self.store, self.seed, self.shuffle, self.columns = store, seed, shuffle, tuple(columns)
-        self.normalise, self.draws, self.flip = normalise, moments == "sample", flip
+        self.normalise, self.flip = normalise, flip
+        self.draws = moments == "sample" or (moments is None and store.kind == "moments")
         self._order = _ShardOrder(store, seed, shards_at_once, rank, world_size)
         self._check(moments)
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # one for all workers, however long they live
         self._iterated = (0, 0)  # epoch and position of the iteration in this process
         self._start = 0
 
-    def _check(self, moments: str) -> None:
+    def _check(self, moments: str | None) -> None:
         store, first = self.store, self.store[0]
         if self.normalise not in ("model", "data", None):
             raise RequestError(f"normalise={self.normalise!r}; expected 'model', 'data' or None.")
-        if moments not in ("mode", "sample"):
+        if moments not in ("mode", "sample", None):
             raise RequestError(f"moments={moments!r}; expected 'mode' or 'sample'.")
         if self.draws and "moments" not in first:
             raise RequestError(f"{store.path} holds no moments to draw from: encode again with --kind moments.")
@@ -213,7 +214,7 @@ class StreamedLatents(IterableDataset[dict[str, Any]]):
         else:
             latents = self._mode(item, end)
         if self.normalise is not None:
-            latents = self.store.normalise(latents, by=self.normalise)
+            latents = self.store.normalise(latents, by=self.normalise, draws=self.draws)
         carried = {name: item[name] for name in self.columns}
         return {"key": item["key"], "label": item["label"], "latents": latents, **carried}
 

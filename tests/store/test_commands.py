@@ -209,3 +209,9 @@ def test_two_processes_write_what_one_writes(encode, seven, tmp_path, tree):
     command = ["encode", str(seven[0]), str(tmp_path / "one"), *MODEL, "--size", "32", "--shard-size", "2"]
     assert main([*command, "--batch-size", "2"]) == 0
     assert tree(tmp_path / "store") == tree(tmp_path / "one")
+
+
+def test_a_job_of_many_says_which_and_of_how_many(encode, capsys):
+    for option in (["--shard-index", "0"], ["--shard-count", "4"]):
+        assert encode(*option) == 2
+        assert "--shard-index and --shard-count belong together" in capsys.readouterr().err

@@ -200,22 +200,26 @@ def test_set_epoch_reaches_workers(store, persistent):
 
 def test_latents_are_the_stores(store):
     raw = {item["key"]: item for item in store}
-    samples = list(StreamedLatents(store, columns=["height"]))
+    samples = list(StreamedLatents(store, columns=["height"], moments="mode"))
     assert {name for sample in samples for name in sample} == {"key", "label", "latents", "height"}
     for sample in samples:
         item = raw[sample["key"]]
         assert torch.equal(sample["latents"], item["moments"][:4])
         assert (sample["label"], sample["height"]) == (item["label"], 16)
-    by_data = torch.stack([sample["latents"] for sample in StreamedLatents(store, normalise="data")])
+    modes = StreamedLatents(store, normalise="data", moments="mode")
+    by_data = torch.stack([sample["latents"] for sample in modes])
     torch.testing.assert_close(by_data.mean((0, 2, 3)), torch.zeros(4), atol=1e-5, rtol=0)
-    for sample in StreamedLatents(store, normalise="model"):
+    torch.testing.assert_close(by_data.std((0, 2, 3), correction=0), torch.ones(4), atol=1e-4, rtol=0)
+    draws = torch.stack([sample["latents"] for sample in StreamedLatents(store, normalise="data")])
+    torch.testing.assert_close(draws.std((0, 2, 3), correction=0), torch.ones(4), atol=0.05, rtol=0)
+    for sample in StreamedLatents(store, normalise="model", moments="mode"):
         expected = (raw[sample["key"]]["moments"][:4] - 0.125) * 0.25
         torch.testing.assert_close(sample["latents"], expected)
 
 
 def test_draws_are_functions_of_seed_epoch_and_key(store):
     def draws(seed, epoch, workers=0):
-        data = StreamedLatents(store, seed=seed, moments="sample")
+        data = StreamedLatents(store, seed=seed)  # draws are the default
         data.set_epoch(epoch)
         batches = DataLoader(data, batch_size=4, num_workers=workers)
         return {key: z for batch in batches for key, z in zip(batch["key"], batch["latents"])}
@@ -235,7 +239,7 @@ def test_half_of_the_samples_are_of_mirrored_images(store):
     raw = {item["key"]: item for item in store}
 
     def flipped(epoch):
-        data = StreamedLatents(store, flip=True)
+        data = StreamedLatents(store, flip=True, moments="mode")
         data.set_epoch(epoch)
         chosen = set()
         for sample in data:

@@ -157,6 +157,8 @@ def walk(url: str) -> Iterator[tuple[str, str, int]]:
         for entry in entries:
             name = entry["name"].rstrip("/")
             relative = name.removeprefix(root).lstrip("/")
+            if name.rpartition("/")[2] in (".", ".."):
+                raise RequestError(f"{url} has names with {name.rpartition('/')[2]!r} in them ({name}): rename these.")
             if name == folder or is_hidden(name.rpartition("/")[2]):
                 continue
             if entry["type"] == "directory":

@@ -131,7 +131,7 @@ def _seed():
 
 
 # The tiers and the seconds of test time that each may take, all workers added up, on two cores.
-TIERS = {"unit": 560, "contract": 200, "faults": 180, "slow": 900}
+TIERS = {"unit": 740, "contract": 160, "faults": 60, "slow": 1560}
 FAULT_FILES = {"test_kill", "test_faults", "test_resume", "test_checkpoints", "test_broken", "test_files"}
 
 

@@ -147,7 +147,7 @@ def test_tiled_and_untiled_are_compared(one_process, memory, tmp_path, capsys):
     assert all(row["difference"] < 1e-5 for row in exact)
     assert all(row["difference"] > 1e-4 and 10 < row["psnr"] < 80 for row in blended)
     assert all(row["tiled"]["live_gib"] < row["untiled"]["live_gib"] for row in blended)
-    assert all(way["seconds"] > 0 and way["added_gib"] >= 0 for row in rows for way in (row["tiled"], row["untiled"]))
+    assert all(way["seconds"] > 0 for row in rows for way in (row["tiled"], row["untiled"]))
     assert capsys.readouterr().out.splitlines()[-1].startswith("tiled, added to the model at the largest size that ran")
 
 

@@ -13,6 +13,7 @@ processes that plan one store at once, the first to finish decides, and all othe
 """
 
 import argparse
+from typing import Any
 
 from latentae.cli.encode import add_planning_arguments, planning_options
 
@@ -25,7 +26,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import json
 
-    from latentae.data.decode import DecodePolicy
     from latentae.store.planning import Request, open_request, plan_store
 
     device = args.device.split(",")[0] if args.device else None
@@ -34,7 +34,6 @@ def run(args: argparse.Namespace) -> int:
         args.dst,
         args.model,
         device=device,
-        policy=DecodePolicy(),
         **{**planning_options(args), "workers": args.workers or 2},
     )
     if args.dry_run:
@@ -55,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def dry_run(request, batch_size, *, as_json, processes=1):  # type: ignore[no-untyped-def]
+def dry_run(request: Any, batch_size: int | None, *, as_json: bool, processes: int = 1) -> int:
     """Print what encoding would take."""
     import json
 

@@ -10,7 +10,7 @@ from latentae.codec import LatentCodec, check_device
 from latentae.errors import RequestError
 from latentae.store.engines.local import available_cpus, run_local
 from latentae.store.engines.ray import run_ray
-from latentae.store.job import Advance, Job, Report, ShardWorker
+from latentae.store.job import Advance, Job, Report
 
 ENGINES = ("local", "ray")
 CPU_LOADING_THREADS = 2  # more would take the CPUs from the model
@@ -42,9 +42,7 @@ class Engine:
 
     def run(self, job: Job, shards: Sequence[int], advance: Advance) -> Generator[Report, None, None]:
         """Encode shards; a report of each as soon as it is done, in any order."""
-        if self.in_process:
-            yield from ShardWorker(job, self.devices[0]).run(shards, advance)
-        elif self.kind == "local":
+        if self.kind == "local":
             yield from run_local(job, shards, processes=self.processes or 1, devices=self.devices, advance=advance)
         else:
             yield from run_ray(job, shards, address=self.address, processes=self.processes, advance=advance)

@@ -10,7 +10,6 @@ import re
 import sys
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +21,6 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from latentae.errors import RequestError
-from latentae.nn.tiling import blend_tiles, run_in_tiles
 from latentae.version import __version__
 
 DEFAULT_TILE = 1024  # pixels along each side
@@ -77,11 +75,8 @@ class Autoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[mi
     A subclass registers its arguments with ``@register_to_config``, sets ``self.encoder`` (pixels to moments) and
     ``self.decoder`` (latents to pixels), and defines ``spatial_compression_ratio`` and ``latent_channels``.
 
-    Exact tiling asks of both halves the methods ``local`` (finite receptive field, zero padding) and ``deep`` (the
-    rest), ``local_ratio`` (the scale between pixels and the features between them) and ``local_halo`` (the receptive
-    radius of ``local`` in pixels, a multiple of ``local_ratio``), and runs either by ``forward(x, part)``, so that the
-    hooks of offloading see them. Families without them, whose norms or attention see
-    the whole image at every depth, get overlapping tiles that are blended.
+    To run in tiles they are called with ``tile`` too, height and width in pixels of their input, and give the same
+    result; in ``forward``, as the hooks of offloading see nothing else.
 
     A deterministic family may set ``self.quantize``, a quantiser of `latentae.nn.quantize`: ``encode`` still gives
     continuous latents and ``decode`` quantises what it is given, as in diffusers' ``VQModel``.
@@ -400,8 +395,10 @@ class Autoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[mi
     ) -> None:
         """Bound the memory of large images: anything larger than a tile runs tile by tile.
 
-        Exact where the family has halves that allow it; elsewhere overlaps are blended, and as each tile has norms and
-        attention of its own, tone and texture may differ slightly from the untiled result: larger tiles, less so.
+        The result is that of the whole image, but for the denoiser of DiTo and SWYCC and for FourPlane, where
+        overlaps are blended: as each tile has norms and attention of its own, tone and texture may differ slightly,
+        with larger tiles less so. Group norms of the whole image cost time: their statistics are found by running
+        tiles again, up to six times where more than `latentae.nn.exact_tiling.KEPT` bytes would have to be kept.
 
         Args:
             tile_sample_min_height, tile_sample_min_width: size of a tile in pixels, rounded down to what the family
@@ -426,50 +423,27 @@ class Autoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[mi
         self.tile_sample_min_height, self.tile_sample_min_width = height, width
         self.tile_sample_stride_height, self.tile_sample_stride_width = down, right
 
-    def _tile(self, ratio: int) -> tuple[int, int]:
-        """Tile size in pixels, cut to a multiple of the scale at which tiles meet."""
-        return _cut(self.tile_sample_min_height, ratio), _cut(self.tile_sample_min_width, ratio)
+    def _tile_of(self, x: Tensor, scale: int = 1) -> tuple[int, int] | None:
+        """Height and width of the tiles in which pixels, or features of ``scale`` pixels a side, run; None for at once.
 
-    def _stride(self, ratio: int) -> tuple[int, int]:
-        return _cut(self.tile_sample_stride_height, ratio), _cut(self.tile_sample_stride_width, ratio)
+        Never in tiles while gradients are recorded: all activations are held anyway, and statistics of tiles have none.
+        """
+        height, width = self.tile_sample_min_height, self.tile_sample_min_width
+        recorded = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
+        if not self.use_tiling or recorded or (x.shape[-2] * scale <= height and x.shape[-1] * scale <= width):
+            return None
+        return self._positions(height, scale), self._positions(width, scale)
 
-    def _exceeds_tile(self, height: int, width: int) -> bool:
-        return self.use_tiling and (height > self.tile_sample_min_height or width > self.tile_sample_min_width)
-
-    def _encode_whole(self, x: Tensor) -> Tensor:
-        return self.encoder(x)
-
-    def _decode_whole(self, z: Tensor) -> Tensor:
-        return self.decoder(z)
+    def _positions(self, pixels: int, scale: int) -> int:
+        """Pixels as positions of ``scale`` pixels, cut to a multiple of the compression ratio."""
+        ratio = self.spatial_compression_ratio
+        return max(pixels // ratio, 1) * ratio // scale
 
     def _encode(self, x: Tensor) -> Tensor:
-        if not self._exceeds_tile(*x.shape[-2:]):
-            return self._encode_whole(x)
-        if not hasattr(self.encoder, "local"):
-            ratio = self.spatial_compression_ratio
-            return blend_tiles(self._encode_whole, x, self._tile(ratio), self._stride(ratio), down=ratio)
-        ratio = self.encoder.local_ratio
-        local = partial(self.encoder, part="local")
-        features = run_in_tiles(local, x, self._tile(ratio), self.encoder.local_halo, down=ratio)
-        return self.encoder(features, part="deep")
+        return run_half(self.encoder, x, self._tile_of(x))
 
     def _decode(self, z: Tensor) -> Tensor:
-        scale = self.spatial_compression_ratio
-        if not self._exceeds_tile(z.shape[-2] * scale, z.shape[-1] * scale):
-            return self._decode_whole(z)
-        if not hasattr(self.decoder, "local"):
-            return self._decode_blended(self._decode_whole, z)
-        ratio = self.decoder.local_ratio
-        height, width = self._tile(ratio)
-        features = self.decoder(z, part="deep")
-        tile = (height // ratio, width // ratio)
-        local = partial(self.decoder, part="local")
-        return run_in_tiles(local, features, tile, self.decoder.local_halo // ratio, up=ratio)
-
-    def _decode_blended(self, decode_whole: Any, z: Tensor) -> Tensor:
-        scale = self.spatial_compression_ratio
-        tile, stride = ((y // scale, x // scale) for y, x in (self._tile(scale), self._stride(scale)))
-        return blend_tiles(decode_whole, z, tile, stride, up=scale)
+        return run_half(self.decoder, z, self._tile_of(z, self.spatial_compression_ratio))
 
     def folded(self) -> "Autoencoder":
         """The autoencoder in the form for use after training, which computes the same; itself if that is its form.
@@ -477,6 +451,11 @@ class Autoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[mi
         Families whose weights training reparametrises give a new model with plain ones. `export` writes this form.
         """
         return self
+
+
+def run_half(half: nn.Module, x: Tensor, tile: tuple[int, int] | None) -> Tensor:
+    """At once, or in tiles by modules that know of them."""
+    return half(x) if tile is None else half(x, tile)
 
 
 def _release(version: str) -> list[int]:
@@ -504,10 +483,6 @@ def count_halves(autoencoder: nn.Module) -> dict[str, int]:
         if any(isinstance(module, nn.Module) for module in modules):
             counts[half] = sum(p.numel() for m in modules if isinstance(m, nn.Module) for p in m.parameters())
     return counts
-
-
-def _cut(pixels: int, ratio: int) -> int:
-    return max(pixels // ratio, 1) * ratio
 
 
 def _default_stride(tile: int) -> int:

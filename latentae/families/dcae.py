@@ -8,6 +8,7 @@ Configuration and parameter names are those of diffusers' ``AutoencoderDC``, so 
 """
 
 from collections.abc import Sequence
+from fractions import Fraction
 from itertools import product
 from typing import Any
 
@@ -306,14 +307,7 @@ class Stage(nn.Sequential):
         return x
 
 
-class Half(nn.Module):
-    """What encoder and decoder share: a part of either is called through ``forward`` too, where hooks sit."""
-
-    def forward(self, x: Tensor, part: str = "whole") -> Tensor:
-        return getattr(self, part)(x)
-
-
-class Encoder(Half):
+class Encoder(nn.Module):
     """conv_in, then per stage: blocks, down; conv_out with an averaging shortcut. (B, 3, H, W) to (B, C, H/f, W/f)."""
 
     def __init__(
@@ -346,9 +340,16 @@ class Encoder(Half):
         require_multiple("latents of the encoder", widths[-1], latent_channels if out_shortcut else 1)
 
         self.local_stages = count_local_stages(block_types)
-        self.local_ratio = 2**self.local_stages
         radius = 1 + sum((2 * depth + 1) * 2**i for i, depth in enumerate(depths[: self.local_stages]))
-        self.local_halo = round_up(radius, self.local_ratio)
+        self.local_halo = round_up(radius, 2**self.local_stages)  # in pixels
+
+    def forward(self, x: Tensor, tile: tuple[int, int] | None = None) -> Tensor:
+        """``tile``: in pixels, in which the local stages run; None for the whole image at once."""
+        if tile is None:
+            return self.deep(self.local(x))
+        ratio = 2**self.local_stages
+        height, width = (max(side // ratio, 1) * ratio for side in tile)
+        return self.deep(run_in_tiles(self.local, x, (height, width), self.local_halo, Fraction(1, ratio)))
 
     def local(self, x: Tensor) -> Tensor:
         x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
@@ -364,11 +365,8 @@ class Encoder(Half):
             y = y + average_groups(x, self.latent_channels)
         return y.contiguous()
 
-    def whole(self, x: Tensor) -> Tensor:
-        return self.deep(self.local(x))
 
-
-class Decoder(Half):
+class Decoder(nn.Module):
     """conv_in with a duplicating shortcut, then per stage: up, blocks; norm, act, conv_out. The encoder's mirror."""
 
     def __init__(
@@ -397,6 +395,7 @@ class Decoder(Half):
             if i < len(widths) - 1 and depth > 0:
                 stage.insert(0, UpBlock(widths[i + 1], width, interpolate))
             self.up_blocks.append(Stage(*stage))
+        self.ratio = 2 ** (len(widths) - 1)
         width = widths[0] if depths[0] > 0 else widths[1]
         self.norm_out = RMSNorm2d(width)
         self.out_act = ACTIVATIONS[out_act]
@@ -407,9 +406,16 @@ class Decoder(Half):
             self.conv_out = UpBlock(width, in_channels, interpolate, shortcut=False)
 
         self.local_stages = count_local_stages(block_types)
-        self.local_ratio = 2**self.local_stages
         radius = 2 + sum((2 * depth + 2) * 2**i for i, depth in enumerate(depths[: self.local_stages]))
-        self.local_halo = round_up(radius, self.local_ratio)
+        self.local_halo = round_up(radius, 2**self.local_stages)  # in pixels
+
+    def forward(self, z: Tensor, tile: tuple[int, int] | None = None) -> Tensor:
+        """``tile``: in latents, of the part of the image in which the local stages run; None for the whole at once."""
+        if tile is None:
+            return self.local(self.deep(z))
+        ratio = 2**self.local_stages  # pixels of a feature before the local stages
+        height, width = (max(side * self.ratio // ratio, 1) for side in tile)
+        return run_in_tiles(self.local, self.deep(z), (height, width), self.local_halo // ratio, Fraction(ratio))
 
     def deep(self, z: Tensor) -> Tensor:
         z = z.contiguous(memory_format=torch.channels_last)
@@ -424,9 +430,6 @@ class Decoder(Half):
         for stage in reversed(self.up_blocks[: self.local_stages]):
             x = stage(x)
         return self.conv_out(self.out_act(self.norm_out(x))).contiguous()
-
-    def whole(self, z: Tensor) -> Tensor:
-        return self.local(self.deep(z))
 
 
 class DCAE(Autoencoder):
@@ -525,7 +528,7 @@ class DCAE(Autoencoder):
 
     def enable_tiling(self, *args: Any, **kwargs: Any) -> None:
         super().enable_tiling(*args, **kwargs)
-        self._tile_wide_blocks(max(min(self._tile(1)) // 8, 8))
+        self._tile_wide_blocks(max(min(self.tile_sample_min_height, self.tile_sample_min_width) // 8, 8))
 
     def disable_tiling(self) -> None:
         super().disable_tiling()

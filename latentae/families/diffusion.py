@@ -26,6 +26,7 @@ from latentae.errors import RequestError
 from latentae.families.base import Autoencoder
 from latentae.nn.flow import Path, Prediction, clean_estimate, network_input, solve, times_of
 from latentae.nn.precision import widen
+from latentae.nn.tiling import blend_tiles
 
 REGULARIZERS = ("layer_norm", "kl", "fixed_noise", "none")
 PREDICTIONS = ("v", "x0", "pixels")
@@ -139,9 +140,13 @@ class DiffusionAutoencoder(Autoencoder):
 
     # Decoder side
 
-    def condition(self, z: Tensor) -> Condition:
-        """What the denoiser knows of latents (B, C, h, w)."""
+    def condition(self, z: Tensor, base: Tensor | None = None) -> Condition:
+        """What the denoiser knows of latents (B, C, h, w); ``base`` is their `first_image`, if it is known."""
         raise NotImplementedError
+
+    def first_image(self, z: Tensor, tile: tuple[int, int] | None = None) -> Tensor | None:
+        """The deterministic image (B, 3, H, W) of families that have one, in tiles of latents, or at once."""
+        return None
 
     def standardised(self, z: Tensor) -> Tensor:
         """Latents as the denoiser gets them: about of mean 0 and variance 1 in each channel."""
@@ -195,19 +200,29 @@ class DiffusionAutoencoder(Autoencoder):
     def _decode_joined(self, joined: Tensor, steps: int) -> Tensor:
         ratio = self.spatial_compression_ratio
         sample = partial(self._sample, steps=steps)
-        if self._exceeds_tile(joined.shape[-2] * ratio, joined.shape[-1] * ratio):
-            return self._decode_blended(sample, joined)
-        return sample(joined)
+        tile = self._tile_of(joined, ratio)
+        if tile is None:
+            return sample(joined)
+        base = self.first_image(joined[:, : self.latent_channels], tile)
+        if base is not None:
+            joined = torch.cat([joined, F.pixel_unshuffle(base, ratio)], dim=1)
+        height, width = self.tile_sample_stride_height, self.tile_sample_stride_width
+        stride = self._positions(height, ratio), self._positions(width, ratio)
+        return blend_tiles(sample, joined, tile, stride, up=ratio)
 
     def _sample(self, joined: Tensor, steps: int) -> Tensor:
-        """Latents with the noise of their pixels folded behind them, (B, C + 3 f², h, w), to pixels."""
+        """Latents, behind them folded the noise of their pixels and perhaps their first image, to pixels."""
         z, folded = joined.split([self.latent_channels, joined.shape[1] - self.latent_channels], dim=1)
-        return self.sample(z, F.pixel_shuffle(folded, self.spatial_compression_ratio), steps)
+        noise, *base = F.pixel_shuffle(folded, self.spatial_compression_ratio).split(3, dim=1)
+        return self.sample(z, noise, steps, *base)
 
-    def sample(self, z: Tensor, noise: Tensor, steps: int) -> Tensor:
-        """The image that ``steps`` evaluations of the denoiser make of latents (B, C, h, w) and noise (B, 3, H, W)."""
+    def sample(self, z: Tensor, noise: Tensor, steps: int, base: Tensor | None = None) -> Tensor:
+        """The image that ``steps`` evaluations of the denoiser make of latents (B, C, h, w) and noise (B, 3, H, W).
+
+        ``base`` is the latents' `first_image`, if it is known.
+        """
         noise = widen(noise)
-        denoise = partial(self.denoise, condition=self.condition(z))
+        denoise = partial(self.denoise, condition=self.condition(z, base))
         if not self.samples:
             return denoise(noise, noise.new_ones(len(noise))).to(z.dtype)
         times = times_of(steps, self._internal_dict["time_shift_rho"])

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.autoencoders.vae import Encoder
 from torch import Tensor, nn
 
 from latentae.families.diffusion import Condition, DiffusionAutoencoder
+from latentae.nn.sd_vae import Encoder
 from latentae.nn.unet import UNet
 
 
@@ -105,11 +105,11 @@ class DiTo(DiffusionAutoencoder):
     def spatial_compression_ratio(self) -> int:
         return 2 ** (len(self._internal_dict["encoder_widths"]) - 1)
 
-    def _encode_whole(self, x: Tensor) -> Tensor:
-        moments = self.encoder(x)
+    def _encode(self, x: Tensor) -> Tensor:
+        moments = super()._encode(x)
         return moments if self.quant_conv is None else self.quant_conv(moments)
 
-    def condition(self, z: Tensor) -> Condition:
+    def condition(self, z: Tensor, base: Tensor | None = None) -> Condition:
         z = self.standardised(z)
         scale = self.spatial_compression_ratio // self._internal_dict["patch_size"]
         upsampled = F.interpolate(z, scale_factor=float(scale), mode="nearest")

@@ -29,9 +29,9 @@ from torch import Tensor
 
 from latentae.errors import RequestError
 from latentae.families.base import Autoencoder, EncoderOutput
+from latentae.nn.exact_tiling import run_steps, steps_of, steps_of_block
 from latentae.nn.planes import PlaneLayout
 from latentae.nn.precision import widen
-from latentae.nn.tiling import blend_tiles
 
 __all__ = ["FourPlane", "PlaneGaussian", "PlaneLayout", "time_weights"]
 
@@ -132,6 +132,8 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Twice the height and width, and with ``factor`` 2 twice the frames after the first."""
 
+    doubles = True
+
     def __init__(self, channels: int, factor: int):
         super().__init__()
         self.factor = factor
@@ -150,12 +152,12 @@ class Level(nn.Module):
         widths = [channels_in, *[channels_out] * layers]
         self.resnets = nn.ModuleList(ResBlock(a, b, groups, causal) for a, b in pairwise(widths))
 
+    def parts(self) -> list[nn.Module]:
+        return [*self.resnets, *getattr(self, "downsamplers", []), *getattr(self, "upsamplers", [])]
+
     def forward(self, x: Tensor) -> Tensor:
-        for block in self.resnets:
-            x = block(x)
-        for name in ("downsamplers", "upsamplers"):
-            for resample in getattr(self, name, []):
-                x = resample(x)
+        for part in self.parts():
+            x = part(x)
         return x
 
 
@@ -180,7 +182,7 @@ class Encoder(Half):
     ):  # fmt: skip
         super().__init__()
         self.conv_in = Conv3d(pixels, widths[0], causal=True)
-        self.down_blocks = nn.ModuleList()
+        self.down_blocks: Any = nn.ModuleList()
         for i, (before, width) in enumerate(zip([widths[0], *widths], widths)):
             level = Level(before, width, layers, groups, causal=True)
             if i < len(widths) - 1:
@@ -192,20 +194,24 @@ class Encoder(Half):
         self.heads = nn.ModuleDict({name: nn.Conv2d(widths[-1], 2 * latents, 3, padding=1) for name in names})
         self.conv_out = None if planes else Conv3d(widths[-1], 2 * latents, causal=True)
 
-    def trunk(self, x: Tensor) -> Tensor:
-        """Pixels to features (B, D, T', H', W')."""
-        x = self.conv_in(x)
-        for block in [*self.down_blocks, self.mid_block]:
-            x = self._run(block, x)
-        return F.silu(self.conv_norm_out(x))
+    def trunk(self, x: Tensor, tile: tuple[int, int] | None) -> Tensor:
+        """Pixels to features (B, D, T', H', W'); all before the middle in tiles, if there is a size for them."""
+        if tile is not None:
+            levels = [step for level in self.down_blocks for step in steps_of_block(level, level.parts())]
+            x = run_steps([*steps_of([self.conv_in]), *levels], x, tile)
+        else:
+            x = self.conv_in(x)
+            for level in self.down_blocks:
+                x = self._run(level, x)
+        return F.silu(self.conv_norm_out(self._run(self.mid_block, x)))
 
-    def forward(self, x: Tensor, head: str | None = None) -> Tensor:
+    def forward(self, x: Tensor, head: str | None = None, tile: tuple[int, int] | None = None) -> Tensor:
         """Pixels to features; or features, pooled to the plane ``head`` or the ``volume``, to its moments.
 
-        Both are here, as the hooks of offloading see nothing else.
+        Both are here, as the hooks of offloading see nothing else. ``tile``: of pixels; None for whole frames.
         """
         if head is None:
-            return self.trunk(x)
+            return self.trunk(x, tile)
         return self.conv_out(x) if head == "volume" and self.conv_out is not None else self.heads[head](x)
 
 
@@ -229,7 +235,7 @@ class Decoder(Half):
         self.time = nn.Linear(TIME_FEATURES, narrowing[0], bias=False)
         nn.init.zeros_(self.time.weight)
         self.mid_block = MidBlock(narrowing[0], groups, attention, causal=False)
-        self.up_blocks = nn.ModuleList()
+        self.up_blocks: Any = nn.ModuleList()
         for i, (before, width) in enumerate(zip([narrowing[0], *narrowing], narrowing)):
             level = Level(before, width, layers + 1, groups, causal=False)
             if i < len(widths) - 1:
@@ -254,17 +260,26 @@ class Decoder(Half):
         features = self.time(torch.cat([angles.sin(), angles.cos() - 1], dim=1).to(x.dtype))  # (T', D)
         return x + features.t()[None, :, :, None, None]
 
-    def trunk(self, x: Tensor) -> Tensor:
-        """Features to pixels."""
+    def trunk(self, x: Tensor, tile: tuple[int, int] | None) -> Tensor:
+        """Features to pixels; all after the middle in tiles, if there is a size for them."""
         x = self._run(self.mid_block, x)
-        for block in self.up_blocks:
-            x = self._run(block, x)
+        if tile is not None:
+            levels = [step for level in self.up_blocks for step in steps_of_block(level, level.parts())]
+            out = nn.Sequential(self.conv_norm_out, nn.SiLU(), self.conv_out)
+            return run_steps([*levels, *steps_of([out])], x, tile)
+        for level in self.up_blocks:
+            x = self._run(level, x)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
-    def forward(self, x: Any, layout: PlaneLayout | None = None, enter: bool = False) -> Tensor:
-        """Features to pixels; or with ``enter`` planes of a layout, or a volume, to features."""
+    def forward(
+        self, x: Any, layout: PlaneLayout | None = None, enter: bool = False, tile: tuple[int, int] | None = None
+    ) -> Tensor:
+        """Features to pixels; or with ``enter`` planes of a layout, or a volume, to features.
+
+        ``tile``: of features; None for whole frames.
+        """
         if not enter:
-            return self.trunk(x)
+            return self.trunk(x, tile)
         return self.fuse(x, layout) if layout is not None else self.place(self.conv_in(x))  # type: ignore[misc]
 
 
@@ -581,10 +596,7 @@ class FourPlane(Autoencoder):
         return layout.join(planes)
 
     def _features(self, x: Tensor) -> Tensor:
-        ratio = self.spatial_compression_ratio
-        if not self._exceeds_tile(*x.shape[-2:]):
-            return self.encoder(x)
-        return blend_tiles(self.encoder, x, self._tile(ratio), self._stride(ratio), down=ratio)
+        return self.encoder(x, tile=self._tile_of(x))
 
     def _decode(self, z: Tensor) -> Tensor:
         """One window of latents to pixels."""
@@ -596,10 +608,7 @@ class FourPlane(Autoencoder):
             layout = PlaneLayout(t, h, w, config["spatial_planes"], config["plane_channels"])
             tokens = layout.unpack(widen(z), "volume").to(z.dtype)
             features = self.decoder(layout.split(tokens), layout, enter=True)
-        scale = self.spatial_compression_ratio
-        if not self._exceeds_tile(z.shape[-2] * scale, z.shape[-1] * scale):
-            return self.decoder(features)
-        return self._decode_blended(self.decoder, features)
+        return self.decoder(features, tile=self._tile_of(z, self.spatial_compression_ratio))
 
     @apply_forward_hook
     def encode_frames(self, frames: Tensor, plane: str = "xy1") -> Tensor:

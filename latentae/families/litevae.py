@@ -11,6 +11,7 @@ and one more U-Net turns them into the moments of a Gaussian posterior. The deco
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,12 +19,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention_processor import Attention
-from diffusers.models.autoencoders.vae import Decoder, DecoderTiny, DiagonalGaussianDistribution
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
 from latentae.errors import RequestError
 from latentae.families.base import Autoencoder
+from latentae.nn.exact_tiling import State, Step, run_steps, step_of, steps_of
 from latentae.nn.precision import widen
+from latentae.nn.sd_vae import Decoder, DecoderTiny
 from latentae.nn.wavelet import dwt2, idwt2
 
 WAVELET_MODE = "periodization"  # the border treatment in which every wavelet halves the image; Haar needs none
@@ -83,7 +86,10 @@ class UNet(nn.Module):
         self.up_blocks = nn.ModuleList(ResBlock(a + b, b, dropout) for a, b in zip(before, narrowing))
         self.conv_out = nn.Conv2d(width * multipliers[0], channels_out, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, tile: tuple[int, int] | None = None) -> Tensor:
+        """``tile``: run in tiles of this height and width; None for the whole at once."""
+        if tile is not None:
+            return run_steps(self.steps(), x, tile)
         x = self.conv_in(x)
         skips = []
         for block in self.down_blocks:
@@ -95,6 +101,24 @@ class UNet(nn.Module):
             x = torch.cat([x, skips.pop()], dim=1)  # here, where nothing else holds the two: the block is at its widest
             x = self._run(block, x)
         return self.conv_out(x)
+
+    def steps(self) -> list[Step]:
+        """The same for tiles: the state is all skips that are still to come and, last, what the next block gets."""
+
+        def replace(block: nn.Module, *state: Tensor) -> State:
+            return *state[:-1], block(state[-1])
+
+        def keep(block: nn.Module, *state: Tensor) -> State:
+            return *state, block(state[-1])
+
+        def join(block: nn.Module, *state: Tensor) -> State:
+            *skips, skip, x = state
+            return *skips, block(torch.cat([x, skip], dim=1))
+
+        widening = [keep] * (len(self.down_blocks) - 1)
+        ways = [replace, replace, *widening, keep, replace, *[join] * len(self.up_blocks), replace]
+        blocks = [self.conv_in, *self.down_blocks, *self.mid_blocks, *self.up_blocks, self.conv_out]
+        return [step_of(block, partial(way, block)) for way, block in zip(ways, blocks, strict=True)]
 
     def _run(self, block: nn.Module, x: Tensor) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -123,13 +147,15 @@ class Encoder(nn.Module):
             bands = torch.cat([low, *details], dim=1).mul_(self.band_scale**level).to(pixels.dtype)
             yield bands.contiguous(memory_format=torch.channels_last)  # in which convolutions on CPUs are faster
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        deepest = len(self.extractors) - 1
+    def forward(self, pixels: Tensor, tile: tuple[int, int] | None = None) -> Tensor:
+        """``tile``: of pixels, in which the U-Nets run; None for the whole image at once."""
+        levels = len(self.extractors)
+        tiles = [tile and (tile[0] >> level, tile[1] >> level) for level in range(1, levels + 1)]
         features = [
-            F.avg_pool2d(extract(bands), 2 ** (deepest - i))
-            for i, (extract, bands) in enumerate(zip(self.extractors, self.bands(pixels)))
+            F.avg_pool2d(self.extractors[i](bands, tiles[i]), 2 ** (levels - 1 - i))
+            for i, bands in enumerate(self.bands(pixels))
         ]
-        return self.aggregator(torch.cat(features, dim=1)).contiguous()
+        return self.aggregator(torch.cat(features, dim=1), tiles[-1]).contiguous()
 
 
 class SelfModulatedConv2d(nn.Conv2d):
@@ -204,6 +230,7 @@ class NormFreeDecoder(nn.Module):
                 )
             )  # fmt: skip
         blocks.append(NormFreeBlock(width, width, convolution))
+        self.middle = len(blocks)
         for i, wider in enumerate(reversed(widths)):
             if i > 0:
                 blocks += [nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(width, width, 3, padding=1)]
@@ -213,8 +240,14 @@ class NormFreeDecoder(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z: Tensor, tile: tuple[int, int] | None = None) -> Tensor:
+        """``tile``: of latents, in which all after the middle runs; None for the whole at once."""
         x = self.conv_in(z)
+        if tile is not None:
+            for block in self.blocks[: self.middle]:
+                x = block(x)
+            out = nn.Sequential(nn.SiLU(), self.conv_out)
+            return run_steps(steps_of([*self.blocks[self.middle :], out]), x, tile, kept=0)
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = self._gradient_checkpointing_func(block, x)
@@ -351,12 +384,12 @@ class LiteVAE(Autoencoder):
     def posterior(self, moments: Tensor) -> DiagonalGaussianDistribution:
         return DiagonalGaussianDistribution(moments)
 
-    def _decode_whole(self, z: Tensor) -> Tensor:
+    def _decode(self, z: Tensor) -> Tensor:
         if len(z) * z.shape[-2] * z.shape[-1] == 1:  # torch takes the norm of a single latent for a mistake
-            return self._decode_whole(z.repeat(2, 1, 1, 1))[:1]
+            return self._decode(z.repeat(2, 1, 1, 1))[:1]
         if self.post_quant_conv is not None:
             z = self.post_quant_conv(z)
-        decoded = self.decoder(z)
+        decoded = super()._decode(z)
         if self._internal_dict["output_type"] == "pixels":
             return decoded
         cA, cH, cV, cD = (widen(decoded) / self._internal_dict["band_scale"]).chunk(BANDS, dim=1)

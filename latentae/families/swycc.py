@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from latentae.families.base import run_half
 from latentae.families.diffusion import Condition, DiffusionAutoencoder
+from latentae.nn.exact_tiling import run_steps, steps_of
 from latentae.nn.unet import GroupNorm, UNet
 
 
@@ -43,7 +45,10 @@ class Stack(nn.Sequential):
     gradient_checkpointing = False
     _gradient_checkpointing_func: Any = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, tile: tuple[int, int] | None = None) -> Tensor:
+        """``tile``: of the input, in which all runs; None for the whole at once."""
+        if tile is not None:
+            return run_steps(steps_of(self), x, tile)
         for module in self:
             if self.gradient_checkpointing and x.requires_grad and isinstance(module, PlainBlock):
                 x = self._gradient_checkpointing_func(module, x)
@@ -143,9 +148,12 @@ class SWYCC(DiffusionAutoencoder):
     def spatial_compression_ratio(self) -> int:
         return 2 ** (len(self._internal_dict["widths"]) - 1)
 
-    def condition(self, z: Tensor) -> Condition:
+    def first_image(self, z: Tensor, tile: tuple[int, int] | None = None) -> Tensor:
+        return run_half(self.initial_decoder, self.standardised(z), tile)
+
+    def condition(self, z: Tensor, base: Tensor | None = None) -> Condition:
+        base = self.first_image(z) if base is None else base
         z = self.standardised(z)
-        base = self.initial_decoder(z)
         patches = F.pixel_unshuffle(base, self._internal_dict["patch_size"])
         return Condition(patches, z if self._internal_dict["adaptive_norm"] else None, base)
 

@@ -1,6 +1,8 @@
-"""Running a network tile by tile: exactly, with a halo, or by blending overlaps where no halo is wide enough."""
+"""Running a network tile by tile: with a halo, or by blending overlaps where no halo is wide enough."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,8 +10,40 @@ from torch import Tensor
 from latentae.nn.precision import widen
 
 
+class Tile(NamedTuple):
+    """Where a tile lies: ``outer`` with its halo in the image, and ``inner`` of that is the tile itself."""
+
+    outer: tuple[Any, slice, slice]
+    inner: tuple[slice, slice]
+
+    def put(self, piece: Tensor, result: Tensor | None, shape: Sequence[int], scale: Fraction) -> Tensor:
+        """Put what a function made of the tile, without its halo, into the result for the whole image.
+
+        Args:
+            piece: (B, C, …, h, w), of ``scale`` times the size of ``outer``.
+            result: of the tiles before, or None if this is the first.
+            shape: of the whole image before the function.
+        """
+        if result is None:
+            height, width = (int(side * scale) for side in shape[-2:])
+            result = piece.new_empty(*piece.shape[:-2], height, width)
+        whole, part = [], []
+        for outer, inner in zip(self.outer[1:], self.inner):
+            part.append(slice(int(inner.start * scale), int(inner.stop * scale)))
+            whole.append(slice(int((outer.start + inner.start) * scale), int((outer.start + inner.stop) * scale)))
+        result[..., whole[0], whole[1]] = piece[..., part[0], part[1]]
+        return result
+
+
+def tiles_of(shape: Sequence[int], tile: tuple[int, int], halo: int) -> Iterator[Tile]:
+    """Tiles that cover an image of this shape row by row, each with a halo as far as there is an image."""
+    for rows, inner_rows in spans(shape[-2], tile[0], halo):
+        for columns, inner_columns in spans(shape[-1], tile[1], halo):
+            yield Tile((..., rows, columns), (inner_rows, inner_columns))
+
+
 def run_in_tiles(
-    function: Callable[[Tensor], Tensor], x: Tensor, tile: tuple[int, int], halo: int, *, down: int = 1, up: int = 1
+    function: Callable[[Tensor], Tensor], x: Tensor, tile: tuple[int, int], halo: int, scale: Fraction = Fraction(1)
 ) -> Tensor:
     """Apply ``function`` to overlapping tiles of ``x`` and keep of each result the part that no tile border reaches.
 
@@ -18,23 +52,13 @@ def run_in_tiles(
 
     Args:
         x: (B, C, H, W).
-        tile: height and width of a tile in pixels of ``x``, without its halo; multiples of ``down``.
-        halo: receptive radius in pixels of ``x``; a multiple of ``down``.
-        down, up: the function maps H to ``H * up / down``.
+        tile: height and width of a tile in pixels of ``x``, without its halo; multiples of the scale's denominator.
+        halo: receptive radius in pixels of ``x``; such a multiple too.
+        scale: sides of the result over those of ``x``.
     """
-    height, width = x.shape[-2:]
     result = None
-    for rows, inner_rows in spans(height, tile[0], halo):
-        for columns, inner_columns in spans(width, tile[1], halo):
-            piece = function(x[..., rows, columns])
-            if result is None:
-                result = piece.new_empty(*piece.shape[:2], height * up // down, width * up // down)
-            place = [
-                slice((outer.start + inner.start) * up // down, (outer.start + inner.stop) * up // down)
-                for outer, inner in ((rows, inner_rows), (columns, inner_columns))
-            ]
-            kept = [slice(i.start * up // down, i.stop * up // down) for i in (inner_rows, inner_columns)]
-            result[..., place[0], place[1]] = piece[..., kept[0], kept[1]]
+    for place in tiles_of(x.shape, tile, halo):
+        result = place.put(function(x[place.outer]), result, x.shape, scale)
     assert result is not None
     return result
 
@@ -53,7 +77,6 @@ def blend_tiles(
     tile: tuple[int, int],
     stride: tuple[int, int],
     *,
-    down: int = 1,
     up: int = 1,
 ) -> Tensor:
     """Apply ``function`` to overlapping tiles of ``x`` and average the results, each weighing less towards its border.
@@ -64,9 +87,9 @@ def blend_tiles(
 
     Args:
         x: (B, C, H, W).
-        tile: height and width of a tile in pixels of ``x``, multiples of ``down``.
-        stride: from one tile to the next, at most ``tile``; multiples of ``down``.
-        down, up: the function maps H to ``H * up / down``.
+        tile: height and width of a tile in pixels of ``x``.
+        stride: from one tile to the next, at most ``tile``.
+        up: the function maps H to ``H * up``.
     """
     height, width = x.shape[-2:]
     rows, columns = min(tile[0], height), min(tile[1], width)
@@ -77,12 +100,12 @@ def blend_tiles(
         for left in _starts(width, columns, stride[1]):
             piece = function(x[..., top : top + rows, left : left + columns])
             if result is None or total is None or weight is None:
-                overlap = [(size - step) * up // down for size, step in zip((rows, columns), stride)]
+                overlap = [(size - step) * up for size, step in zip((rows, columns), stride)]
                 weight = _ramp(piece.shape[-2], overlap[0], piece)[:, None] * _ramp(piece.shape[-1], overlap[1], piece)
-                total = weight.new_zeros(height * up // down, width * up // down)
+                total = weight.new_zeros(height * up, width * up)
                 result = weight.new_zeros(*piece.shape[:-2], *total.shape)
-            vertical = slice(top * up // down, (top + rows) * up // down)
-            horizontal = slice(left * up // down, (left + columns) * up // down)
+            vertical = slice(top * up, (top + rows) * up)
+            horizontal = slice(left * up, (left + columns) * up)
             result[..., vertical, horizontal] += piece * weight
             total[vertical, horizontal] += weight
     assert result is not None

@@ -100,7 +100,7 @@ def test_tiles_take_their_part_of_one_canvas(model, monkeypatch):
     noise = model.decode(z, generator=seeded(1)).sample  # only for its shape
     assert noise.shape == (2, 3, 40, 72)
     canvas = torch.randn(2, 3, 40, 72, generator=seeded(1))
-    monkeypatch.setattr(model, "sample", lambda z, noise, steps: noise)
+    monkeypatch.setattr(model, "sample", lambda z, noise, steps, base=None: noise)
     model.enable_tiling(16, 24, 8, 16)
     torch.testing.assert_close(model.decode(z, generator=seeded(1)).sample, canvas, atol=1e-5, rtol=0)
 
@@ -140,9 +140,9 @@ def test_the_conditioner_runs_once_and_the_denoiser_once_a_step(model, monkeypat
     runs = {"condition": 0, "decoder": 0}
     condition = model.condition
 
-    def counted(z):
+    def counted(*arguments):
         runs["condition"] += 1
-        return condition(z)
+        return condition(*arguments)
 
     monkeypatch.setattr(model, "condition", counted)
     model.decoder.register_forward_hook(lambda *_: runs.update(decoder=runs["decoder"] + 1))

@@ -13,6 +13,7 @@ from accelerate.hooks import remove_hook_from_module
 from diffusers.hooks import HookRegistry
 
 import latentae
+from latentae.families.diffusion import DiffusionAutoencoder
 from latentae.families.presets import PRESETS
 
 VARIANTS = {
@@ -102,8 +103,8 @@ def test_group_offload(autoencoder, pixels, expected, kind, tmp_path):
     close(through(autoencoder, pixels), expected)
     autoencoder.enable_tiling(16, 16)
     tiled = through(autoencoder, pixels)
-    if hasattr(autoencoder.encoder, "local"):  # whose tiles are exact
-        close(tiled, expected)
+    if not isinstance(autoencoder, DiffusionAutoencoder):  # whose tiles are blended
+        torch.testing.assert_close(tiled, expected, atol=1e-4, rtol=1e-3)
     assert tiled.isfinite().all()
 
 

@@ -13,8 +13,10 @@ import torch
 
 import latentae
 from latentae.families.presets import PRESETS
+from latentae.nn import exact_tiling
 
 GIB = 2**30
+KEPT = 2**20  # bytes between two steps, of models of a thousandth of the size
 HALVES = ("encode", "decode")
 TINY = [name for name in PRESETS if name.endswith("-tiny")]
 IMAGES = [name for name in TINY if not latentae.create(name).is_video]
@@ -80,18 +82,17 @@ def test_the_count_agrees_with_the_allocator(memory, name, half):
 
 @pytest.mark.parametrize("half", HALVES)
 @pytest.mark.parametrize("name", IMAGES)
-def test_tiles_bound_the_memory_of_large_images(memory, name, half):
-    """At 1024 px with tiles of 256: less than 0.4 of the whole, and from there on no faster than the pixels."""
+def test_tiles_bound_the_memory_of_large_images(memory, name, half, monkeypatch):
+    """At 1024 px with tiles of 256: less than half of the whole, and from there on no faster than the pixels."""
+    monkeypatch.setattr(exact_tiling, "KEPT", KEPT)
     whole, tiled = live(memory, name, half, "1024"), live(memory, name, half, "1024", tile=256)
-    assert tiled < 0.4 * whole
+    assert tiled < 0.5 * whole
     assert live(memory, name, half, "1536", tile=256) <= 2.3 * tiled
-    if not hasattr(memory.make_without_weights(name, torch.float32).encoder, "local"):  # whose deep stages run whole
-        assert tiled < 1.1 * live(memory, name, half, "256") + 4 * image(1024)
 
 
 @pytest.mark.parametrize("half", HALVES)
 @pytest.mark.parametrize("name", [name for name in TINY if name not in IMAGES])
-def test_windows_bound_the_memory_of_long_clips(memory, name, half):
+def test_windows_bound_the_memory_of_long_clips(memory, name, half, monkeypatch):
     """A clip of ten windows: what one takes, and the pixels or latents that come and go."""
     model = latentae.create(name)
     window = model.config.window_frames
@@ -99,13 +100,14 @@ def test_windows_bound_the_memory_of_long_clips(memory, name, half):
     one, many = (live(memory, name, half, f"{count}x64") for count in (window, frames))
     assert many < one + 4 * frames * image(64)
     assert many < 2 * one
+    monkeypatch.setattr(exact_tiling, "KEPT", KEPT)
     tiled, whole = (live(memory, name, half, f"{window}x256", tile) for tile in (64, None))
     assert tiled < 0.4 * whole
 
 
 FULL_SIZE = {  # GiB of tensors in fp32 beside the model, tiles of 1024 px
-    ("litevae-b-f8c4", "encode", "4096"): 1.0,
-    ("litevae-b-f8c4", "decode", "4096"): 3.5,
+    ("litevae-b-f8c4", "encode", "4096"): 6.0,
+    ("litevae-b-f8c4", "decode", "4096"): 10.0,
     ("dc-ae-f32c32-sana-1.0", "encode", "4096"): 3.5,
     ("dc-ae-f32c32-sana-1.0", "decode", "4096"): 3.5,
     ("fourplane-t4f8c8", "encode", "69x256"): 3.5,
@@ -136,17 +138,19 @@ def one_process(memory, monkeypatch):
     torch.set_grad_enabled(True)
 
 
+@pytest.mark.filterwarnings("ignore:These latents are:UserWarning")
 def test_tiled_and_untiled_are_compared(one_process, memory, tmp_path, capsys):
     file = tmp_path / "out.json"
-    one_process("--models", "dc-ae-tiny", "litevae-tiny", "--sizes", "96", "--tile", "32", "--json", str(file))
+    one_process("--models", "litevae-tiny", "dito-tiny", "--sizes", "96", "--tile", "32", "--json", str(file))
     rows = json.loads(file.read_text())["rows"]
     assert [(row["model"], row["half"]) for row in rows] == [
-        (name, half) for name in ("dc-ae-tiny", "litevae-tiny") for half in HALVES
+        (name, half) for name in ("litevae-tiny", "dito-tiny") for half in HALVES
     ]
-    exact, blended = rows[:2], rows[2:]
+    *exact, blended = rows
     assert all(row["difference"] < 1e-5 for row in exact)
-    assert all(row["difference"] > 1e-4 and 10 < row["psnr"] < 80 for row in blended)
-    assert all(row["tiled"]["live_gib"] < row["untiled"]["live_gib"] for row in blended)
+    assert blended["difference"] > 1e-4
+    assert 10 < blended["psnr"] < 80
+    assert blended["tiled"]["live_gib"] < blended["untiled"]["live_gib"]
     assert all(way["seconds"] > 0 for row in rows for way in (row["tiled"], row["untiled"]))
     assert capsys.readouterr().out.splitlines()[-1].startswith("tiled, added to the model at the largest size that ran")
 

@@ -56,8 +56,9 @@ class ResidualSWYCC(SWYCC):
 
     residual_std = 1.0
 
-    def sample(self, z: Tensor, noise: Tensor, steps: int) -> Tensor:
-        return self.initial_decoder(self.standardised(z)) + self.residual_std * super().sample(z, noise, steps)
+    def sample(self, z: Tensor, noise: Tensor, steps: int, base: Tensor | None = None) -> Tensor:
+        base = self.first_image(z) if base is None else base
+        return base + self.residual_std * super().sample(z, noise, steps, base)
 
 
 class Adversarial(nn.Module):

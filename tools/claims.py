@@ -10,7 +10,8 @@ claims: dcae (residual shortcuts make high ratios trainable), dcae-speed (what a
 model: time, memory and arithmetic, nothing is trained), litevae (wavelets save the encoder's cost), eqvae (fine-tuning
 makes latents equivariant; keeps its models beside the figure), probe (whether a small diffusion model finds them
 easier; keeps what is done, and shares the rest with other processes), diffusion-decoder (a decoder that samples
-restores detail), fourplane (planes of latents keep a clip and save tokens; keeps what is done, as probe does)
+restores detail), fourplane (planes of latents keep a clip and save tokens; keeps what is done, as probe does), pipeline
+(a decoder fine-tuned in place keeps a pipeline's pictures, another latent space does not; the figure is of pictures)
 """
 
 import argparse
@@ -28,7 +29,7 @@ from latentae.errors import LatentAEError
 from latentae.files import write_json
 from latentae.version import __version__
 
-CLAIMS = ("dcae", "dcae-speed", "litevae", "eqvae", "probe", "diffusion-decoder", "fourplane")
+CLAIMS = ("dcae", "dcae-speed", "litevae", "eqvae", "probe", "diffusion-decoder", "fourplane", "pipeline")
 
 
 def summary(name: str, result: dict) -> str:

@@ -8,7 +8,6 @@ Configuration and parameter names are those of diffusers' ``AutoencoderDC``, so 
 """
 
 from collections.abc import Sequence
-from fractions import Fraction
 from itertools import product
 from typing import Any
 
@@ -349,7 +348,7 @@ class Encoder(nn.Module):
             return self.deep(self.local(x))
         ratio = 2**self.local_stages
         height, width = (max(side // ratio, 1) * ratio for side in tile)
-        return self.deep(run_in_tiles(self.local, x, (height, width), self.local_halo, Fraction(1, ratio)))
+        return self.deep(run_in_tiles(self.local, x, (height, width), self.local_halo, down=ratio))
 
     def local(self, x: Tensor) -> Tensor:
         x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
@@ -415,7 +414,7 @@ class Decoder(nn.Module):
             return self.local(self.deep(z))
         ratio = 2**self.local_stages  # pixels of a feature before the local stages
         height, width = (max(side * self.ratio // ratio, 1) for side in tile)
-        return run_in_tiles(self.local, self.deep(z), (height, width), self.local_halo // ratio, Fraction(ratio))
+        return run_in_tiles(self.local, self.deep(z), (height, width), self.local_halo // ratio, up=ratio)
 
     def deep(self, z: Tensor) -> Tensor:
         z = z.contiguous(memory_format=torch.channels_last)

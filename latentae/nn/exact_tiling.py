@@ -77,6 +77,7 @@ def step_of(module: nn.Module, run: Callable[..., State]) -> Step:
     return Step(run, radius)
 
 
+@torch.compiler.disable  # a graph cannot end half way, and each norm that knows its statistics would be one more
 def run_steps(steps: Sequence[Step], x: Tensor, tile: tuple[int, int], kept: int | None = None) -> Tensor:
     """The steps one after the other, in tiles; as without tiles but for rounding.
 
@@ -141,14 +142,17 @@ def _run_group(steps: Sequence[Step], state: State, tile: tuple[int, int]) -> St
         for place in tiles_of(state[0].shape, (rows, columns), halo):
             pieces = given = tuple(tensor[place.outer] for tensor in state)
             try:
-                with norms.of_tile(pieces[0].shape, place.inner):
+                with torch.compiler.set_stance("force_eager"), norms.of_tile(pieces[0].shape, place.inner):
                     for step in steps:
                         pieces = step.run(*pieces)
             except _MissingStatistics:
                 continue
             for i, piece in enumerate(pieces):
                 kept = [whole for whole, part in zip(state, given) if part is piece]
-                results[i] = kept[0] if kept else place.put(piece, results.get(i), state[0].shape, scale)
+                if kept:
+                    results[i] = kept[0]
+                else:
+                    results[i] = place.put(piece, results.get(i), state[0].shape, scale.denominator, scale.numerator)
         if results:
             return tuple(results[i] for i in range(len(results)))
         norms.end_round()

@@ -1,7 +1,6 @@
 """Running a network tile by tile: with a halo, or by blending overlaps where no halo is wide enough."""
 
 from collections.abc import Callable, Iterator, Sequence
-from fractions import Fraction
 from typing import Any, NamedTuple
 
 import torch
@@ -16,21 +15,22 @@ class Tile(NamedTuple):
     outer: tuple[Any, slice, slice]
     inner: tuple[slice, slice]
 
-    def put(self, piece: Tensor, result: Tensor | None, shape: Sequence[int], scale: Fraction) -> Tensor:
+    def put(self, piece: Tensor, result: Tensor | None, shape: Sequence[int], down: int, up: int) -> Tensor:
         """Put what a function made of the tile, without its halo, into the result for the whole image.
 
         Args:
-            piece: (B, C, …, h, w), of ``scale`` times the size of ``outer``.
+            piece: (B, C, …, h, w), of the size of ``outer * up / down``.
             result: of the tiles before, or None if this is the first.
             shape: of the whole image before the function.
         """
         if result is None:
-            height, width = (int(side * scale) for side in shape[-2:])
+            height, width = (side * up // down for side in shape[-2:])
             result = piece.new_empty(*piece.shape[:-2], height, width)
         whole, part = [], []
         for outer, inner in zip(self.outer[1:], self.inner):
-            part.append(slice(int(inner.start * scale), int(inner.stop * scale)))
-            whole.append(slice(int((outer.start + inner.start) * scale), int((outer.start + inner.stop) * scale)))
+            part.append(slice(inner.start * up // down, inner.stop * up // down))
+            start = outer.start * up // down
+            whole.append(slice(start + part[-1].start, start + part[-1].stop))
         result[..., whole[0], whole[1]] = piece[..., part[0], part[1]]
         return result
 
@@ -43,7 +43,7 @@ def tiles_of(shape: Sequence[int], tile: tuple[int, int], halo: int) -> Iterator
 
 
 def run_in_tiles(
-    function: Callable[[Tensor], Tensor], x: Tensor, tile: tuple[int, int], halo: int, scale: Fraction = Fraction(1)
+    function: Callable[[Tensor], Tensor], x: Tensor, tile: tuple[int, int], halo: int, *, down: int = 1, up: int = 1
 ) -> Tensor:
     """Apply ``function`` to overlapping tiles of ``x`` and keep of each result the part that no tile border reaches.
 
@@ -52,13 +52,13 @@ def run_in_tiles(
 
     Args:
         x: (B, C, H, W).
-        tile: height and width of a tile in pixels of ``x``, without its halo; multiples of the scale's denominator.
-        halo: receptive radius in pixels of ``x``; such a multiple too.
-        scale: sides of the result over those of ``x``.
+        tile: height and width of a tile in pixels of ``x``, without its halo; multiples of ``down``.
+        halo: receptive radius in pixels of ``x``; a multiple of ``down``.
+        down, up: the function maps H to ``H * up / down``.
     """
     result = None
     for place in tiles_of(x.shape, tile, halo):
-        result = place.put(function(x[place.outer]), result, x.shape, scale)
+        result = place.put(function(x[place.outer]), result, x.shape, down, up)
     assert result is not None
     return result
 

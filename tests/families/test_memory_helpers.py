@@ -70,6 +70,14 @@ def close(actual, expected, atol=1e-5):
     torch.testing.assert_close(actual, expected, atol=atol, rtol=1e-4)
 
 
+def close_in_tiles(autoencoder, actual, expected):
+    """Tiles of a denoiser are blended, of all else exact."""
+    assert actual.isfinite().all()
+    assert actual.shape == expected.shape
+    if not isinstance(autoencoder, DiffusionAutoencoder):
+        torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-3)
+
+
 def test_model_offload_moves_the_model_when_encode_or_decode_is_called(autoencoder, pixels, expected):
     """What ``pipe.enable_model_cpu_offload`` puts on each component; the bare methods must fire its hook."""
     autoencoder, hook = cpu_offload_with_hook(autoencoder, execution_device="cpu")
@@ -103,9 +111,7 @@ def test_group_offload(autoencoder, pixels, expected, kind, tmp_path):
     close(through(autoencoder, pixels), expected)
     autoencoder.enable_tiling(16, 16)
     tiled = through(autoencoder, pixels)
-    if not isinstance(autoencoder, DiffusionAutoencoder):  # whose tiles are blended
-        torch.testing.assert_close(tiled, expected, atol=1e-4, rtol=1e-3)
-    assert tiled.isfinite().all()
+    close_in_tiles(autoencoder, tiled, expected)
 
 
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
@@ -147,6 +153,18 @@ def test_repeated_blocks_compile_each_once(autoencoder, pixels, expected):
     autoencoder.compile_repeated_blocks(fullgraph=True, backend="eager")
     with torch._dynamo.config.patch(recompile_limit=64):  # one for each width and size
         close(through(autoencoder, pixels), expected)
+        autoencoder.enable_tiling(16, 16)
+        close_in_tiles(autoencoder, through(autoencoder, pixels), expected)
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+def test_tiles_in_a_compiled_call(autoencoder, pixels, expected):
+    """Not as one graph: a tile that ends at a norm is none."""
+    autoencoder.enable_tiling(16, 16)
+    compiled = torch.compile(lambda pixels: through(autoencoder, pixels), backend="eager")
+    with torch._dynamo.config.patch(recompile_limit=64):
+        close_in_tiles(autoencoder, compiled(pixels), expected)
     torch._dynamo.reset()
 
 

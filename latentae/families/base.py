@@ -397,8 +397,8 @@ class Autoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[mi
 
         The result is that of the whole image, but for the denoiser of DiTo and SWYCC and for FourPlane, where
         overlaps are blended: as each tile has norms and attention of its own, tone and texture may differ slightly,
-        with larger tiles less so. Group norms of the whole image cost time: their statistics are found by running
-        tiles again, up to six times where more than `latentae.nn.exact_tiling.KEPT` bytes would have to be kept.
+        with larger tiles less so. Group norms of the whole image cost time, as their statistics are found by running
+        tiles again: `latentae.nn.exact_tiling` keeps 6 GiB, 2 on a GPU, to have less of that.
 
         Args:
             tile_sample_min_height, tile_sample_min_width: size of a tile in pixels, rounded down to what the family

@@ -25,7 +25,8 @@ from torch.overrides import TorchFunctionMode
 from latentae.nn.precision import widen
 from latentae.nn.tiling import tiles_of
 
-KEPT = 4 * 2**30  # bytes of the tensors between two steps, up to which they are kept
+KEPT = 6 * 2**30  # bytes of the tensors between two steps, up to which they are kept
+KEPT_ON_GPU = 2 * 2**30  # whose memory is scarce and whose arithmetic is not
 
 State = tuple[Tensor, ...]
 
@@ -86,9 +87,11 @@ def run_steps(steps: Sequence[Step], x: Tensor, tile: tuple[int, int], kept: int
     Args:
         x: (B, C, …, H, W), with sides that every step that halves can halve.
         tile: height and width in pixels of ``x``; for later steps the same part of the image.
-        kept: at most so many bytes are kept between two steps, `KEPT` if it is None; 0 for steps without norms.
+        kept: at most so many bytes are kept between two steps; by default `KEPT`, or `KEPT_ON_GPU`; 0 for steps
+            without norms.
     """
-    kept = KEPT if kept is None else kept
+    if kept is None:
+        kept = KEPT_ON_GPU if x.is_cuda else KEPT
     state: State = (x,)
     sizes = _bytes_after(steps, x)
     scale, first = Fraction(1), 0

@@ -395,10 +395,10 @@ class Autoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[mi
     ) -> None:
         """Bound the memory of large images: anything larger than a tile runs tile by tile.
 
-        The result is that of the whole image, but for the denoiser of DiTo and SWYCC and for FourPlane, where
-        overlaps are blended: as each tile has norms and attention of its own, tone and texture may differ slightly,
-        with larger tiles less so. Group norms of the whole image cost time, as their statistics are found by running
-        tiles again: `latentae.nn.exact_tiling` keeps 6 GiB, 2 on a GPU, to have less of that.
+        The result is that of the whole image, but for the denoiser of DiTo and SWYCC, where overlaps are blended: as
+        each tile has norms and attention of its own, tone and texture may differ slightly, with larger tiles less so.
+        Group norms of the whole image cost time, as tiles run again for the statistics of each: to have less of that,
+        up to 6 GiB are kept on a CPU, 2 on a GPU (`latentae.nn.exact_tiling`).
 
         Args:
             tile_sample_min_height, tile_sample_min_width: size of a tile in pixels, rounded down to what the family

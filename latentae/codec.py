@@ -252,8 +252,13 @@ class LatentCodec:
             sample: draw from the posterior instead of taking its mode.
 
         Raises:
-            RequestError: not three channels, a video for an image autoencoder, or nothing at all.
+            RequestError: no tensor, not three channels, a video for an image autoencoder, or nothing at all.
         """
+        if not isinstance(pixels, Tensor):
+            raise RequestError(
+                f"encode got a {type(pixels).__name__}; expected a tensor (B, 3, H, W): of an image "
+                "torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]."
+            )
         if pixels.ndim not in ((4, 5) if self.is_video else (4,)) or pixels.shape[1] != 3 or 0 in pixels.shape:
             shapes = "(B, 3, H, W)" + (" or (B, 3, T, H, W)" if self.is_video else "")
             raise RequestError(f"encode got pixels of shape {tuple(pixels.shape)}; expected {shapes}.")

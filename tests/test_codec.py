@@ -1,5 +1,6 @@
 """LatentCodec against calling each stock class by hand."""
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -10,6 +11,7 @@ from diffusers import (
     AutoencoderTiny,
     VQModel,
 )
+from PIL import Image
 
 from latentae import LatentCodec
 from latentae.codec import Latents
@@ -220,3 +222,9 @@ def test_whole_numbers_that_are_not_bytes_are_refused():
     codec = LatentCodec(create("dc-ae-tiny"))
     with pytest.raises(RequestError, match=r"pixels of torch\.int64; expected uint8, or floats in \[-1, 1\]"):
         codec.encode(torch.zeros(1, 3, 16, 16, dtype=torch.long))
+
+
+@pytest.mark.parametrize("given", [np.zeros((1, 3, 8, 8), np.uint8), Image.new("RGB", (8, 8)), [0.0]])
+def test_what_is_no_tensor_is_refused_with_how_to_make_one(given):
+    with pytest.raises(RequestError, match=f"got a {type(given).__name__}; expected a tensor"):
+        LatentCodec(create("dc-ae-tiny")).encode(given)

@@ -5,12 +5,12 @@ All by the package's own commands, on the five training photos that come with sc
 
 - A: the autoencoder of the demo's recipe (DC-AE f8c16 small); B the same with another seed, so that its latents have
   the same shape and mean something else;
-- A, decoder fine-tuned: A trained on with ``model.trainable: [decoder]``, another objective and other crops;
+- A, decoder fine-tuned: A trained on with ``model.trainable: [decoder]``, other crops, and L1 and a discriminator
+  beside L2, for sharpness;
 - a small DiT on A's latents of the photos, each a class of its own, exported as a `ClassConditionalFlowPipeline`.
 
 The denoiser learns five pictures by heart, and that is all it draws: whether it would draw new ones is not the
-question, the question is what becomes of its pictures in another decoder. So that no class is too easy, each is drawn
-from several seeds. The pipeline is then opened with one ``vae`` after the other, as a user does it: A; A as the stock
+question, but what becomes of its pictures in another decoder. Each is drawn from three seeds. The pipeline is then opened with one ``vae`` after the other, as a user does it: A; A as the stock
 class AutoencoderDC; A with its fine-tuned decoder; B; B again with the pipeline's mean and standard deviation of each
 channel changed to those of B's latents, because scale alone could have been the trouble; and B in the pipeline of a
 denoiser that was retrained on its latents. `latentae export --vae` refuses a fine-tuned decoder, since its weights are
@@ -74,7 +74,10 @@ OTHER_SEED, TUNING_SEED = 1, 2  # of B's training, and of the crops that A's dec
 TUNING = {  # beside the L2 of the recipe
     "model.trainable": "[decoder]",
     "model.objective.l1": "L1",
-    "model.objective.detail": "HaarDetail",
+    "model.adversary.discriminator": "PatchGAN",
+    "model.adversary.discriminator.channels": 32,
+    "model.adversary.discriminator.layers": 2,
+    "model.adversary.weight": 0.1,
     "model.optimizer.lr": 5e-4,
 }
 DENOISER = {"model.denoiser.patch_size": 2, "model.label_dropping": 0, "data.val_fraction": 0}
@@ -164,6 +167,11 @@ def changed(run: Path, other: Path) -> dict[str, list[int]]:
     return counts
 
 
+def decibels(a: Tensor, b: Tensor) -> Tensor:
+    """PSNR of each picture, `EQUAL` where it is the same."""
+    return psnr(a, b).clamp(max=EQUAL)
+
+
 def measure(pictures: dict[str, Tensor], runs: dict[str, Path], plan: Plan) -> dict[str, Any]:
     """PSNR of every picture to A's and to its photo, and what they are to be compared with."""
     crops = [to_tensor(adm_center_crop(image, plan.size)) for _, image in sorted(photos("train").items())]
@@ -175,14 +183,14 @@ def measure(pictures: dict[str, Tensor], runs: dict[str, Path], plan: Plan) -> d
     reconstructions = {}
     for name, run in runs.items():
         codec = LatentCodec(latentae.load(run))
-        made = psnr(to_uint8(codec.decode(codec.encode(originals))), originals)
+        made = decibels(to_uint8(codec.decode(codec.encode(originals))), originals)
         reconstructions[name] = made.repeat_interleave(len(plan.seeds)).tolist()
     pairs = torch.tensor(list(itertools.combinations(range(len(first)), 2)))
     return {
-        "to_a": {name: psnr(x, own).clamp(max=EQUAL).tolist() for name, x in rounded.items() if name != OWN},
-        "to_photo": {name: psnr(x, of_seeds).tolist() for name, x in rounded.items()},
+        "to_a": {name: decibels(x, own).tolist() for name, x in rounded.items() if name != OWN},
+        "to_photo": {name: decibels(x, of_seeds).tolist() for name, x in rounded.items()},
         "reconstruction": reconstructions,
-        "a_to_a_of_other_photos": psnr(first[pairs[:, 0]], first[pairs[:, 1]]).tolist(),
+        "a_to_a_of_other_photos": decibels(first[pairs[:, 0]], first[pairs[:, 1]]).tolist(),
         "largest_difference_of_stock_class": (pictures[STOCK] - pictures[OWN]).abs().max().item(),
         "changed_tensors": changed(runs[OWN], runs[TUNED]),
     }

@@ -95,6 +95,7 @@ def test_the_command_from_end_to_end(tool, tmp_path):
     assert done.stdout.splitlines()[-1].startswith("pipeline: fine-tuning the decoder leaves the encoder bit for bit")
     result = json.loads((tmp_path / "p.json").read_text())["pipeline"]
     assert all(len(values) == 5 for values in result["to_photo"].values())
-    assert Image.open(tmp_path / "p.jpg").size == (96 + 5 * 66 - 2, 4 * 66 - 2)
+    with Image.open(tmp_path / "p.jpg") as sheet:
+        assert sheet.size == (96 + 5 * 66 - 2, 4 * 66 - 2)
     refused = subprocess.run([sys.executable, script, "pipeline", "--tier", "gpu"], capture_output=True, text=True)
     assert refused.returncode == 2

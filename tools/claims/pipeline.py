@@ -10,11 +10,12 @@ All by the package's own commands, on the five training photos that come with sc
 - a small DiT on A's latents of the photos, each a class of its own, exported as a `ClassConditionalFlowPipeline`.
 
 The denoiser learns five pictures by heart, and that is all it draws: whether it would draw new ones is not the
-question, but what becomes of its pictures in another decoder. Each is drawn from three seeds. The pipeline is then opened with one ``vae`` after the other, as a user does it: A; A as the stock
-class AutoencoderDC; A with its fine-tuned decoder; B; B again with the pipeline's mean and standard deviation of each
-channel changed to those of B's latents, because scale alone could have been the trouble; and B in the pipeline of a
-denoiser that was retrained on its latents. `latentae export --vae` refuses a fine-tuned decoder, since its weights are
-not those of the training; ``from_pretrained(…, vae=…)`` trusts who calls it.
+question, but what becomes of its pictures in another decoder. Each is drawn from three seeds. The pipeline is then
+opened with one ``vae`` after the other, as a user does it: A; A as the stock class AutoencoderDC; A with its fine-tuned
+decoder; B; B again with the pipeline's mean and standard deviation of each channel changed to those of B's latents,
+because scale alone could have been the trouble; and B in the pipeline of a denoiser that was retrained on its latents.
+`latentae export --vae` refuses a fine-tuned decoder, since its weights are not those of the training;
+``from_pretrained(…, vae=…)`` trusts who calls it.
 
 PSNR is of each picture to the one that A draws from the same seed and class, and to the photo; what each autoencoder
 makes of the photo itself stands beside it, and how near A's pictures of different photos are to each other.

@@ -10,6 +10,7 @@ tensors between two steps of the network are small enough to be kept.
 """
 
 import math
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from functools import partial
@@ -91,18 +92,42 @@ def run_steps(steps: Sequence[Step], x: Tensor, tile: tuple[int, int], kept: int
             without norms.
     """
     if kept is None:
-        kept = KEPT_ON_GPU if x.is_cuda else KEPT
-    state: State = (x,)
-    sizes = _bytes_after(steps, x)
-    scale, first = Fraction(1), 0
-    while first < len(steps):
-        last = next(i for i in range(first, len(steps)) if sizes[i] <= kept or i == len(steps) - 1)
-        group = steps[first : last + 1]
-        state = _run_group(group, state, (int(tile[0] * scale), int(tile[1] * scale)))
-        scale *= math.prod(step.scale for step in group)
-        first = last + 1
-    (result,) = state
-    return result
+        kept = KEPT if x.device.type == "cpu" else KEPT_ON_GPU
+    with _eagerly:
+        state: State = (x,)
+        sizes = _bytes_after(steps, x)
+        scale, first = Fraction(1), 0
+        while first < len(steps):
+            last = next(i for i in range(first, len(steps)) if sizes[i] <= kept or i == len(steps) - 1)
+            group = steps[first : last + 1]
+            state = _run_group(group, state, (int(tile[0] * scale), int(tile[1] * scale)))
+            scale *= math.prod(step.scale for step in group)
+            first = last + 1
+        (result,) = state
+        return result
+
+
+class _Eagerly:
+    """What is compiled runs eagerly while any thread is inside: torch has one stance for all threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._stance = torch.compiler.set_stance("force_eager")  # from here on
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._stance.__exit__(None, None, None)  # back to the one before
+
+
+_eagerly = _Eagerly()
 
 
 def _bytes_after(steps: Sequence[Step], x: Tensor) -> list[int]:
@@ -145,7 +170,7 @@ def _run_group(steps: Sequence[Step], state: State, tile: tuple[int, int]) -> St
         for place in tiles_of(state[0].shape, (rows, columns), halo):
             pieces = given = tuple(tensor[place.outer] for tensor in state)
             try:
-                with torch.compiler.set_stance("force_eager"), norms.of_tile(pieces[0].shape, place.inner):
+                with norms.of_tile(pieces[0].shape, place.inner):
                     for step in steps:
                         pieces = step.run(*pieces)
             except _MissingStatistics:
@@ -170,7 +195,7 @@ class _WholeImageNorms(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._known: list[tuple[Tensor, Tensor]] = []  # mean and variance (B, groups) in float64
+        self._known: list[tuple[Tensor, Tensor]] = []  # mean and variance (B, groups), in float64 if there is
         self._parts: list[tuple[int, Tensor, Tensor]] = []  # pixels, mean and variance of each tile
         self._calls = 0
         self._shape: torch.Size
@@ -184,10 +209,11 @@ class _WholeImageNorms(TorchFunctionMode):
     def end_round(self) -> None:
         """All tiles have been at the first norm without statistics."""
         total = sum(pixels for pixels, _, _ in self._parts)
-        mean = sum(mean * (pixels / total) for pixels, mean, _ in self._parts)
-        square = sum((variance + mean.square()) * (pixels / total) for pixels, mean, variance in self._parts)
-        assert isinstance(mean, Tensor)
-        self._known.append((mean, (square - mean.square()).clamp(min=0)))
+        mean: Any = sum(part * (pixels / total) for pixels, part, _ in self._parts)
+        variance: Any = sum(
+            (within + (part - mean).square()) * (pixels / total) for pixels, part, within in self._parts
+        )
+        self._known.append((mean, variance))
         self._parts = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -217,4 +243,5 @@ class _WholeImageNorms(TorchFunctionMode):
         ]
         x = widen(x[..., inner[0], inner[1]])
         variance, mean = torch.var_mean(x.unflatten(1, (groups, -1)), dim=(2, 3, 4), correction=0)  # (B, groups)
-        return x.shape[-2] * x.shape[-1], mean.double(), variance.double()
+        exact = mean.dtype if x.device.type == "mps" else torch.float64  # which Apple's GPUs do not have
+        return x.shape[-2] * x.shape[-1], mean.to(exact), variance.to(exact)

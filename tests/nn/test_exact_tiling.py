@@ -1,12 +1,14 @@
 """Networks with group norms in tiles against the same networks at once, and against diffusers' own."""
 
 import math
+import threading
 from fractions import Fraction
 
 import pytest
 import torch
 from diffusers.models.autoencoders import vae
 from torch import nn
+from torch._dynamo import eval_frame
 
 from latentae.nn import sd_vae
 from latentae.nn.exact_tiling import Step, run_steps, steps_of, steps_of_block
@@ -80,6 +82,32 @@ def test_no_step_runs_more_often_than_its_norms_ask_for(x):
         runs.clear()
         run_steps(steps, x, (48, 28), kept)
         assert [runs.count(i) - 1 for i in range(3)] == [2 * count for count in rounds], "two tiles, and the first look"
+
+
+def test_what_is_compiled_runs_eagerly_inside_and_as_before_when_the_last_thread_is_out(x):
+    """Also if the thread that came first leaves first, where each would put back the stance that it found."""
+    first_is_in, second_is_in, first_is_out = (threading.Event() for _ in range(3))
+    stances = []
+
+    def run(mine, awaited):
+        def step(x):
+            stances.append(eval_frame._stance.stance)
+            mine.set()
+            assert awaited.wait(10)
+            return (x,)
+
+        run_steps([Step(step, 0)], x, (48, 28))
+
+    first = threading.Thread(target=run, args=(first_is_in, second_is_in))
+    second = threading.Thread(target=run, args=(second_is_in, first_is_out))
+    first.start()
+    assert first_is_in.wait(10)
+    second.start()
+    first.join()
+    first_is_out.set()
+    second.join()
+    assert stances == ["force_eager"] * 6, "two tiles each, and the first look"
+    assert eval_frame._stance.stance == "default"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -53,4 +53,6 @@ def explain_os_error(error: OSError) -> LatentAEError | None:
         return ResumableError(f"No space left while writing {where}: free some and run the same command again.")
     if error.errno in _NO_PERMISSION:
         return RequestError(f"No permission for {where}: choose another folder or change its permissions.")
+    if isinstance(error, NotADirectoryError | FileExistsError):
+        return RequestError(f"{where} is a file, or under one, where a folder is to be: choose another path.")
     return None

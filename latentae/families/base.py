@@ -149,10 +149,12 @@ class Autoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[mi
             )
         channels = next((channels for part, channels in FIXED_STATISTICS.items() if part in name), None)
         if has_statistics and channels not in (None, self.latent_channels):
+            stated = self._internal_dict.get("latents_mean") is not None  # FourPlane publishes them anyway
+            fix = "or state scaling_factor in their place (register_to_config(latents_mean=None, latents_std=None))"
             raise RequestError(
                 f"{name} of diffusers takes latents_mean and latents_std to have {channels} channels, and this "
-                f"{type(self).__name__} has {self.latent_channels}: use another pipeline, or state scaling_factor in "
-                "their place (register_to_config(latents_mean=None, latents_std=None))."
+                f"{type(self).__name__} has {self.latent_channels}: use another pipeline, "
+                f"{fix if stated else f'or an autoencoder whose latents have {channels} channels'}."
             )
 
     def _derived_config(self) -> dict[str, Any]:
@@ -221,7 +223,8 @@ class Autoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[mi
                 kind, neutral = ("positive number", 1.0) if least == 0 else ("number", 0.0)
                 raise RequestError(
                     f"{key} of {type(self).__name__} is {value!r} and must be a {kind}, as pipelines compute with it: "
-                    f"{neutral} leaves latents as they are, and 'latentae export --data' measures it."
+                    f"write {neutral} there (in config.json, of a folder), which leaves latents as they are; then "
+                    "'latentae export --data' measures it."
                 )
         mean, std = config.get("latents_mean"), config.get("latents_std")
         if mean is None and std is None:
@@ -398,7 +401,8 @@ class Autoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[mi
         The result is that of the whole image, but for the denoiser of DiTo and SWYCC, where overlaps are blended: as
         each tile has norms and attention of its own, tone and texture may differ slightly, with larger tiles less so.
         Group norms of the whole image cost time, as tiles run again for the statistics of each: to have less of that,
-        up to 6 GiB are kept on a CPU, 2 on a GPU (`latentae.nn.exact_tiling`).
+        up to 6 GiB are kept on a CPU, 2 on a GPU (`latentae.nn.exact_tiling`). While gradients are recorded, which
+        ``torch.no_grad`` prevents, there are no tiles.
 
         Args:
             tile_sample_min_height, tile_sample_min_width: size of a tile in pixels, rounded down to what the family
@@ -410,11 +414,12 @@ class Autoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[mi
         Raises:
             RequestError: a tile of no pixels, or a stride that is not between one pixel and the tile.
         """
-        height, width = tile_sample_min_height or DEFAULT_TILE, tile_sample_min_width or DEFAULT_TILE
-        if min(height, width) < 1:
-            raise RequestError(f"A tile is at least one pixel, not {height} x {width}.")
-        down = tile_sample_stride_height or _default_stride(height)
-        right = tile_sample_stride_width or _default_stride(width)
+        height = DEFAULT_TILE if tile_sample_min_height is None else tile_sample_min_height
+        width = DEFAULT_TILE if tile_sample_min_width is None else tile_sample_min_width
+        if not (isinstance(height, int) and isinstance(width, int) and min(height, width) >= 1):
+            raise RequestError(f"A tile has whole numbers of pixels, at least one, not {height!r} x {width!r}.")
+        down = _default_stride(height) if tile_sample_stride_height is None else tile_sample_stride_height
+        right = _default_stride(width) if tile_sample_stride_width is None else tile_sample_stride_width
         if not (1 <= down <= height and 1 <= right <= width):
             raise RequestError(
                 f"The stride of tiles is between one pixel and the tile of {height} x {width}, not {down} x {right}."

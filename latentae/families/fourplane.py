@@ -555,8 +555,10 @@ class FourPlane(Autoencoder):
         z = z.unsqueeze(2) if is_image else z
         frames = self._latent_frames(self._internal_dict["window_frames"])
         if z.shape[2] > frames and z.shape[2] % frames:
+            fitting = [str((count * frames - 1) * self.temporal_compression_ratio + 1) for count in (1, 2, 3)]
             raise RequestError(
-                f"decode got latents of {z.shape[2]} frames; those of a long clip are whole windows of {frames}."
+                f"decode got latents of {z.shape[2]} frames; those of a long clip are whole windows of {frames}: ask "
+                f"a pipeline for num_frames {', '.join(fitting)} … (several windows overlap, so that fewer come out)."
             )
         clips = [self._one_by_one(self._decode, window) for window in z.split(frames, dim=2)]
         pixels = clips[0] if len(clips) == 1 else self._blend(clips)

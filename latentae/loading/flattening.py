@@ -42,6 +42,7 @@ def _save_with_code(self, save_directory, **options):
 
 
 {name}.save_config = _save_with_code
+{name}.__module__ = __name__.rsplit(".", 1)[-1]  # as diffusers is to write it into the index of a pipeline
 '''
 
 

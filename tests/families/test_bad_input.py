@@ -72,7 +72,7 @@ def test_an_image_for_videos_is_a_clip_of_one_frame():
 @pytest.mark.parametrize(
     ("values", "match"),
     [
-        (dict(scaling_factor=None), "scaling_factor of .* is None and must be a positive number.*1.0 leaves"),
+        (dict(scaling_factor=None), "scaling_factor of .* is None and must be a positive number.*write 1.0 there"),
         (dict(scaling_factor=0.0), "is 0.0 and must be a positive number"),
         (dict(scaling_factor=float("nan")), "is nan and must be"),
         (dict(scaling_factor=[1.0]), r"is \[1.0\] and must be"),
@@ -90,7 +90,7 @@ def test_a_normalisation_that_cannot_be(autoencoder, values, match):
 
 
 def test_a_shift_factor_that_is_none(autoencoder):
-    with pytest.raises(RequestError, match=r"shift_factor of .* is None and must be a number.*0.0 leaves"):
+    with pytest.raises(RequestError, match=r"shift_factor of .* is None and must be a number.*write 0.0 there"):
         autoencoder.register_to_config(shift_factor=None)
 
 
@@ -161,3 +161,16 @@ def test_the_codec_refuses_for_stock_classes(stock):
     stock.register_to_config(scaling_factor=None)
     with pytest.raises(RequestError, match=r"AutoencoderKL has scaling_factor null.*1.0 if"):
         codec.encode(torch.zeros(1, 3, 8, 8))
+
+
+def test_statistics_that_xl_cannot_take_are_refused_with_what_helps():
+    """DCAE can do without; FourPlane publishes them for the pipelines of videos."""
+    xl = diffusers.StableDiffusionXLPipeline
+    stated = latentae.create("dc-ae-tiny", latents_mean=[0.0] * 8, latents_std=[1.0] * 8)
+    parts = dict.fromkeys(["text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "scheduler"])
+    with pytest.raises(RequestError, match=r"register_to_config\(latents_mean=None, latents_std=None\)"):
+        xl(vae=stated, **parts)
+    stated.register_to_config(latents_mean=None, latents_std=None)
+    xl(vae=stated, **parts)
+    with pytest.raises(RequestError, match="has 16: use another pipeline, or an autoencoder whose latents have 4"):
+        xl(vae=latentae.create("fourplane-tiny"), **parts)

@@ -284,7 +284,7 @@ def test_tiles_that_are_blended_keep_the_shape_and_one_tile_is_exact(autoencoder
 
 
 def test_tiles_without_pixels_or_with_gaps_are_refused(autoencoder):
-    for tile in ((-8, 64), (64, 64, 65), (64, 64, 64, -1)):
+    for tile in ((-8, 64), (64, 0), (3.5, 64), ("64", 64), (64, 64, 65), (64, 64, 0), (64, 64, 64, -1)):
         with pytest.raises(RequestError, match="tile"):
             autoencoder.enable_tiling(*tile)
     assert not autoencoder.use_tiling

@@ -10,6 +10,7 @@ import time
 import pytest
 
 from latentae import files
+from latentae.cli.main import main
 from latentae.errors import RequestError, ResumableError, explain_os_error
 from latentae.files import atomic_write, read_json, remove_stale_temporaries, sha256_file, sha256_json, write_json
 
@@ -57,6 +58,14 @@ def test_a_full_disk_is_resumable_and_names_the_file(tmp_path):
     assert "store.json" in str(explained)
     assert isinstance(explain_os_error(PermissionError(errno.EACCES, "", "x")), RequestError)
     assert explain_os_error(OSError(errno.EIO, "")) is None
+
+
+def test_a_file_where_a_folder_is_to_be_is_no_bug_of_ours(tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    for folder in ("file", "file/below"):
+        assert main(["export", "dc-ae-tiny", str(tmp_path / folder)]) == 2
+        assert "is a file, or under one, where a folder is to be" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def orphan(folder):

@@ -78,7 +78,7 @@ def test_opens_where_latentae_is_not_and_computes_the_same(name, options, random
         [sys.executable, "-I", "-c", OPEN_AND_COMPARE, *arguments], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split() == [f"diffusers_modules.local.{code.stem}", "1"], "the blocked name alone"
+    assert done.stdout.split() == [code.stem, "1"], "the blocked name alone"
     assert "packages that were not found" not in done.stderr
 
     # the same folder, where latentae is installed: its own class, and equal weights
@@ -87,6 +87,36 @@ def test_opens_where_latentae_is_not_and_computes_the_same(name, options, random
     assert all(torch.equal(a, b) for a, b in zip(opened.state_dict().values(), autoencoder.state_dict().values()))
     opened.save_pretrained(tmp_path / "again")
     assert "auto_map" not in json.loads((tmp_path / "again" / "config.json").read_text())
+
+
+SAVE_PIPELINE = """
+import sys
+from diffusers import AutoModel, DDIMScheduler, StableDiffusionPipeline
+sys.modules["latentae"] = None
+vae = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
+rest = dict.fromkeys(["unet", "text_encoder", "tokenizer", "safety_checker", "feature_extractor"])
+pipe = StableDiffusionPipeline(vae=vae, scheduler=DDIMScheduler(), requires_safety_checker=False, **rest)
+pipe.save_pretrained(sys.argv[2])
+"""
+OPEN_PIPELINE = """
+import sys
+from diffusers import StableDiffusionPipeline
+sys.modules["latentae"] = None
+rest = dict.fromkeys(["unet", "text_encoder", "tokenizer", "safety_checker", "feature_extractor", "image_encoder"])
+pipe = StableDiffusionPipeline.from_pretrained(sys.argv[2], trust_remote_code=True, **rest)
+print(type(pipe.vae).__name__, sum(p.numel() for p in pipe.vae.parameters()))
+"""
+
+
+def test_a_pipeline_that_holds_one_opens_in_another_process(tmp_path, monkeypatch):
+    autoencoder = latentae.create("litevae-tiny")
+    export_with_code(autoencoder, tmp_path / "model")
+    for number, script in enumerate((SAVE_PIPELINE, OPEN_PIPELINE)):
+        monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / f"modules{number}"))
+        command = [sys.executable, "-I", "-c", script, str(tmp_path / "model"), str(tmp_path / "pipeline")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == ["LiteVAE", str(sum(p.numel() for p in autoencoder.parameters()))]
 
 
 @pytest.mark.parametrize("name", ["dito-tiny", pytest.param("swycc-tiny", marks=pytest.mark.slow)])

@@ -405,6 +405,7 @@ def latent_channels(vae: Any) -> int:
 
 
 EIGHT = "8 pixels a latent are built into the pipeline"
+WINDOWS = "num_frames of one window of FourPlane, or of whole ones, of which fewer frames come out"
 SDXL_NOTE = "takes latents_mean and latents_std to have 4 channels; without them, any number"
 ROWS = [
     Row("StableDiffusion", stable_diffusion()),
@@ -448,9 +449,11 @@ ROWS = [
     Row("QwenImage", qwen_image, statistics=True, note="reads latents_mean and latents_std, and nothing else"),
     Row("AnimateDiff", animate_diff, video=True),
     Row("StableVideoDiffusion", stable_video_diffusion, video=True),
-    Row("Wan", wan, statistics=True, video=True, note="reads latents_mean and latents_std, and nothing else"),
-    Row("LTX", ltx, statistics=True, video=True),
-    Row("CogVideoX", cogvideox, video=True, note="reads scaling_factor alone"),
+    Row(
+        "Wan", wan, statistics=True, video=True, note=f"reads latents_mean and latents_std, and nothing else; {WINDOWS}"
+    ),
+    Row("LTX", ltx, statistics=True, video=True, note=WINDOWS),
+    Row("CogVideoX", cogvideox, video=True, note=f"reads scaling_factor alone; {WINDOWS}"),
     Row("Mochi", mochi, video=True, note="8 x 8 x 6 and 12 channels are built into the pipeline"),
 ]
 

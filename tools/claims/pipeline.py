@@ -25,11 +25,11 @@ How the setting was picked, with A alone and after the thresholds: the denoiser'
 of the fine-tuning by two, of 300 steps, because without a discriminator it hardly changed a picture (42 to 48 dB).
 
 What came of it in one run (tools/results/pipeline.json): six of seven sentences. The fine-tuned decoder's pictures are
-at 28.9 to 34.3 dB of A's and show the same, in other detail, which is not better: they have the faint grid that so short
-a training with a discriminator leaves, and 2 dB less to the photos. B's are at 6.7 to 11.3 dB, where pictures of different
-photos have 4.5 to 12.0. Its own mean and spread bring 9.9 to 15.6, just over the 15 that was allowed, in the dark picture
-of the rocket, so that sentence is not shown; coarse shapes come through in B, since both learn from the same recipe. With
-a retrained denoiser B draws as well as A. Seeds change next to nothing in pictures that are learnt by heart.
+at 28.9 to 34.3 dB of A's and show the same, in other detail, which is not better: they have the faint grid that so
+short a training with a discriminator leaves, and 2 dB less to the photos. B's are at 6.7 to 11.3 dB, where pictures of
+different photos have 4.5 to 12.0. Its own mean and spread bring 9.9 to 15.6, just over the 15 that was allowed, in the
+dark picture of the rocket, so that sentence is not shown; coarse shapes come through in B, places being the same in
+both. With a retrained denoiser B draws as well as A. Seeds change next to nothing in pictures that are learnt by heart.
 """
 
 import itertools

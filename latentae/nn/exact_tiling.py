@@ -38,7 +38,8 @@ class Step(NamedTuple):
     A tensor that passes a step unchanged is the same object before and after, so that none is copied.
 
     Args:
-        run: the part; called with the tensors (B, C, …, H, W), gives a tuple of such.
+        run: the part; called with the tensors (B, C, …, H, W), gives a tuple of such. It calls the same group norms,
+            with weight and bias, in the same order whatever the values.
         radius: how far around a pixel of the input the output depends on it, in pixels of the input.
         scale: sides of the output over those of the input.
     """
@@ -51,7 +52,7 @@ class Step(NamedTuple):
 def steps_of(modules: Iterable[nn.Module]) -> list[Step]:
     """Modules of one tensor each, in a row: any of convolutions, and such as halve the size or double it.
 
-    Modules of ours that double it say so by ``doubles``.
+    Modules of ours that double it say so by ``doubles``. Convolutions are square and without dilation.
     """
     return [step_of(module, partial(_run, module)) for module in modules]
 
@@ -88,8 +89,8 @@ def run_steps(steps: Sequence[Step], x: Tensor, tile: tuple[int, int], kept: int
     Args:
         x: (B, C, …, H, W), with sides that every step that halves can halve.
         tile: height and width in pixels of ``x``; for later steps the same part of the image.
-        kept: at most so many bytes are kept between two steps; by default `KEPT`, or `KEPT_ON_GPU`; 0 for steps
-            without norms.
+        kept: at most so many bytes are kept between two steps, so that while tiles run there are twice as many, before
+            and after; by default `KEPT`, or `KEPT_ON_GPU`; 0 for steps without norms.
     """
     if kept is None:
         kept = KEPT if x.device.type == "cpu" else KEPT_ON_GPU
@@ -182,6 +183,7 @@ def _run_group(steps: Sequence[Step], state: State, tile: tuple[int, int]) -> St
                 else:
                     results[i] = place.put(piece, results.get(i), state[0].shape, scale.denominator, scale.numerator)
         if results:
+            assert not norms.parts, "a step calls another number of group norms from tile to tile"
             return tuple(results[i] for i in range(len(results)))
         norms.end_round()
 
@@ -196,7 +198,7 @@ class _WholeImageNorms(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self._known: list[tuple[Tensor, Tensor]] = []  # mean and variance (B, groups), in float64 if there is
-        self._parts: list[tuple[int, Tensor, Tensor]] = []  # pixels, mean and variance of each tile
+        self.parts: list[tuple[int, Tensor, Tensor]] = []  # of the next norm: pixels, mean and variance of each tile
         self._calls = 0
         self._shape: torch.Size
         self._inner: tuple[slice, slice]
@@ -208,13 +210,11 @@ class _WholeImageNorms(TorchFunctionMode):
 
     def end_round(self) -> None:
         """All tiles have been at the first norm without statistics."""
-        total = sum(pixels for pixels, _, _ in self._parts)
-        mean: Any = sum(part * (pixels / total) for pixels, part, _ in self._parts)
-        variance: Any = sum(
-            (within + (part - mean).square()) * (pixels / total) for pixels, part, within in self._parts
-        )
+        total = sum(pixels for pixels, _, _ in self.parts)
+        mean: Any = sum(part * (pixels / total) for pixels, part, _ in self.parts)
+        variance: Any = sum((within + (part - mean).square()) * (pixels / total) for pixels, part, within in self.parts)
         self._known.append((mean, variance))
-        self._parts = []
+        self.parts = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.group_norm or func is torch.group_norm:
@@ -227,7 +227,7 @@ class _WholeImageNorms(TorchFunctionMode):
         call = self._calls
         self._calls += 1
         if call == len(self._known):
-            self._parts.append(self._statistics(x.detach(), groups))
+            self.parts.append(self._statistics(x.detach(), groups))
             raise _MissingStatistics
         mean, variance = (each.repeat_interleave(x.shape[1] // groups, dim=1) for each in self._known[call])  # (B, C)
         scale = weight * torch.rsqrt(variance + eps)

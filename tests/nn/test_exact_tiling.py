@@ -68,6 +68,13 @@ def test_states_of_several_tensors_and_such_as_pass(x, kept):
     torch.testing.assert_close(run_steps(steps, x, (16, 16), kept), expected)
 
 
+def test_norms_that_depend_on_the_values_are_refused(x):
+    """Where some tiles are done and others are not, there is no result."""
+    norm = nn.GroupNorm(1, 3).double()
+    with pytest.raises(AssertionError, match="number of group norms"):
+        run_steps([Step(lambda x: (norm(x) if x.mean() > x.new_tensor(0.5) else x,), 0)], x, (16, 24))
+
+
 def test_too_small_a_radius_shows(x):
     net = with_random_norms(nn.Sequential(nn.Conv2d(3, 3, 5, padding=2)))
     assert not torch.allclose(run_steps([Step(lambda x: (net(x),), 1)], x, (16, 16)), net(x))

@@ -93,7 +93,7 @@ def run_steps(steps: Sequence[Step], x: Tensor, tile: tuple[int, int], kept: int
             and after; by default `KEPT`, or `KEPT_ON_GPU`; 0 for steps without norms.
     """
     if kept is None:
-        kept = KEPT if x.device.type == "cpu" else KEPT_ON_GPU
+        kept = KEPT if x.device.type in ("cpu", "meta") else KEPT_ON_GPU  # "meta" stands for a CPU, to count memory
     with _eagerly:
         state: State = (x,)
         sizes = _bytes_after(steps, x)

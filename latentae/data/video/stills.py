@@ -1,6 +1,7 @@
 """Clips that need no video library: animated images, arrays, and folders of images."""
 
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
@@ -17,6 +18,7 @@ from latentae.data.video.base import ASSUMED_FPS, BadVideo, ClipBytes, Video, Vi
 from latentae.data.video.structure import check_structure
 
 NO_DURATION = 100  # ms that a frame without a duration is shown for, as browsers do
+_HEADERS = threading.Lock()  # of arrays, which numpy reads as Python: two threads at once fail before Python 3.11.8
 
 
 class AnimatedImage(Video):
@@ -84,10 +86,11 @@ class FrameArray(Video):
 
     def _array(self) -> np.ndarray:
         try:
-            if isinstance(self.path, ClipBytes):
-                array = np.load(self.path.open(), allow_pickle=False)
-            else:
-                array = np.load(self.path, mmap_mode="r", allow_pickle=False)
+            with _HEADERS:
+                if isinstance(self.path, ClipBytes):
+                    array = np.load(self.path.open(), allow_pickle=False)
+                else:
+                    array = np.load(self.path, mmap_mode="r", allow_pickle=False)
         except OSError as error:
             raise BadVideo("unreadable", f"the file cannot be read ({error.strerror or error}).") from error
         except (ValueError, EOFError, OverflowError, SyntaxError) as error:
